@@ -176,6 +176,8 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     # TimesFM's does, the model has no head.
     alone = main is None or (main in _arguments(trunk) and _needed(trunk) <= {*taken, main})
     prefill = "base_model" if alone else ""
+    if trunk is model and trunk_of(model) is not model:
+        prefill = _model_within(model) or prefill
     if has_two_towers(config):
         mask = "attention_mask" if "attention_mask" in taken else None
         unmasked = tower and f"{_beneath(model, trunk)}{tower}"
@@ -183,7 +185,7 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     sees = main == "pixel_values" and "input_ids" not in taken
     # Of a text, behind an encoder of images too; not of queries, as DETR's.
     if getattr(config, "is_encoder_decoder", False) and not (sees and "decoder_input_ids" not in taken):
-        decodes = re.search(r"(^|\.)decoder\.", f"{blocks}.") is not None
+        decodes = re.search(r"(^|[._])decoder\.", f"{blocks}.") is not None
         prefix = "decoder_" if decodes else ""
         tokens, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
         return {
@@ -219,12 +221,22 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
 
 def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:
     """What a model has in front of its head, which it keeps at ``name``, or the model where it has none. Of those that
-    transformers makes of a backbone and what answers, such as UperNet, that is the backbone.
+    transformers makes of a backbone and what answers, such as UperNet, that is the backbone; of classifiers that say of
+    no part that it is their trunk, such as CLIP's and SigLIP's of images, the one model that they are around.
     """
     trunk: nn.Module = getattr(model, name, model)
+    if trunk is not model or re.search(r"For[A-Z]", type(model).__name__) is None:
+        return trunk
     backbone = getattr(model, "backbone", None)
-    answers = trunk is model and re.search(r"For[A-Z]", type(model).__name__) is not None
-    return backbone if answers and isinstance(backbone, nn.Module) else trunk
+    within = _model_within(model)
+    return backbone if isinstance(backbone, nn.Module) else model if within is None else getattr(model, within)
+
+
+def _model_within(model: nn.Module) -> str | None:
+    """Name of the one model that a model is around, if that takes what it does."""
+    models = {name: part for name, part in model.named_children() if hasattr(part, "main_input_name")}
+    main = getattr(model, "main_input_name", None)
+    return next((name for name, part in models.items() if len(models) == 1 and main in _arguments(part)), None)
 
 
 def type_of(model: nn.Module) -> str:

@@ -263,7 +263,8 @@ def scored_paths(
 
     Args:
         adapted: paths of all linears that carry an adapter.
-        score_modules: last components or ends of the paths; the first of the family's that occurs when None.
+        score_modules: last components or ends of the paths; the first of the family's that occurs in a list of blocks
+            when None.
         score_blocks: ``"last_quarter"`` (rounded up), how many last blocks, or block numbers.
 
     Raises:
@@ -309,10 +310,14 @@ def scored_paths(
     choices = (
         [tuple(score_modules)] if score_modules is not None else [(name,) for name in family.score_modules]
     )
-    for names in choices:
-        chosen = [path for path in inside if path.endswith(tuple(f".{name}" for name in names))]
-        if chosen:
-            return chosen
+    chosen: set[str] = set()
+    # Two towers may call the same thing by other names, as Chinese CLIP's do.
+    for begin in blocks:
+        here = [path for path in inside if path.startswith(begin)]
+        picks = ([path for path in here if path.endswith(tuple(f".{name}" for name in names))] for names in choices)
+        chosen.update(next((pick for pick in picks if pick), []))
+    if chosen:
+        return [path for path in inside if path in chosen]
     wanted = [name for names in choices for name in names]
     carried, tried = sorted({name_of(path) for path in adapted}), sorted(set().union(*blocks.values()))
     raise ValueError(

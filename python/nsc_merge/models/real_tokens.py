@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from nsc_merge.models.block_finding import REDUCES, encodes, type_of
 from nsc_merge.models.families import find_family
 
-_SIDE = re.compile(r"(?:^|\.)(encoder|decoder)(?:\.|$)")
+_SIDE = re.compile(r"(?:^|[._])(encoder|decoder)(?:\.|$)")
 # Keys and values of an attention to another sequence: T5, BART and those like it, ProphetNet, BERT as a decoder.
 _OF_ENCODER = re.compile(r"(?:cross\w*|encoder_attn\w*|EncDecAttention)\.(?:\w+\.)*(?:k|v|key|value)(?:_proj)?$")
 # Types of models that compute with [positions, rows, d], and in which of their modules they do.

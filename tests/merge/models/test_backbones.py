@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import pytest
 import torch
+import transformers as tf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -83,6 +85,30 @@ def test_a_model_with_a_backbone_that_is_a_trunk_itself_is_its_own():
     assert trunk_of(model) is model
     alone = copy.deepcopy(segmenter(4).backbone)
     assert trunk_of(alone) is alone.base_model
+
+
+@pytest.mark.parametrize(("kind", "last"), [("CLIP", "encoder"), ("Siglip", "post_layernorm")])
+def test_the_trunk_of_a_classifier_that_names_none_is_the_model_within(kind, last, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    config = getattr(tf, f"{kind}Config")(vision_config=vision, num_labels=3)
+    model = getattr(tf, f"{kind}ForImageClassification")(config).eval()
+    assert trunk_of(model) is model.vision_model
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+    data = {task: [{"pixel_values": torch.randn(2, 3, 8, 8)}] for task in folders}
+    options = {"steps": 1, "positions": "all", "progress": False}
+    final = nsc_merge.merge(model, folders, data, "match", **options)
+    named = nsc_merge.merge(model, folders, data, "match", features=[f"vision_model.{last}"], **options)
+    assert final.history[0]["loss"] == named.history[0]["loss"]
+    # An adapter of the tower alone, without the classifier around it.
+    alone = write_adapter(copy.deepcopy(model.vision_model), tmp_path / "alone", 0, **targets)
+    result = nsc_merge.merge(model, {"alone": alone}, method="task_arithmetic")
+    assert result.paths == final.paths
+    # Two models side by side are no trunk, and a model without a head has none.
+    assert trunk_of(around := getattr(tf, f"{kind}Model")(config)) is around
+    assert trunk_of(model.vision_model) is model.vision_model
 
 
 def detector(classes):

@@ -228,3 +228,18 @@ def test_two_towers_beneath_a_head_are_both_measured_and_no_mask_speaks_of_image
     result = nsc_merge.merge(model, folders, data, "nsc", steps=2, progress=False)
     moved = {path.split(".")[1] for path, row in result.coefficients.items() if set(row.values()) != {0.4}}
     assert moved == {"text_model", "vision_model"}
+
+
+def test_towers_that_call_their_values_by_other_names_are_both_measured():
+    """BERT's ``value`` beside CLIP's ``v_proj``."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.ChineseCLIPConfig(text_config=sizes, vision_config={**sizes, "num_hidden_layers": 6})
+    with torch.device("meta"):
+        model = transformers.ChineseCLIPModel(config)
+    adapted = [path for path, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    family = family_of(model, adapted)
+    text = "text_model.encoder.layer.1.attention.self.value"
+    images = [f"vision_model.encoder.layers.{number}.self_attn.v_proj" for number in (4, 5)]
+    assert scored_paths(family, model, adapted, None, "last_quarter") == [text, *images]
+    # Where one of them has no adapter in its last blocks, the other is measured.
+    assert scored_paths(family, model, [*images], None, "last_quarter") == images

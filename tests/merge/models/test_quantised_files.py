@@ -176,6 +176,16 @@ def test_experts_in_codes_are_refused_where_gradients_are_needed():
         check_gradients(nn.Sequential(FP8Experts(tf.MixtralConfig(**SIZES, **EXPERTS), block_size=(32, 32))))
 
 
+def test_a_linear_that_gives_its_scale_beside_its_numbers_is_passed_over():
+    """I-BERT's, which only has the sizes of one."""
+    model = tf.IBertForMaskedLM(tf.IBertConfig(**SIZES, pad_token_id=0)).eval()
+    layer = model.ibert.encoder.layer[0].attention.self.query
+    assert is_quantised(layer)
+    assert is_linear(layer)
+    assert isinstance(layer(torch.randn(1, layer.in_features)), tuple)
+    check_gradients(model)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_four_bits_of_gptq_and_awq_are_merged_as_the_numbers_they_stand_for(method, tmp_path):
     """In half precision, for which their library would take kernels without a gradient."""

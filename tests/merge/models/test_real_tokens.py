@@ -31,6 +31,13 @@ def bart():
     return tf.BartForConditionalGeneration(config)
 
 
+def seamless():
+    """Whose sides are ``text_encoder`` and ``text_decoder``."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = tf.SeamlessM4TConfig(vocab_size=64, **sizes, **{**SIDES, "decoder_layers": 2}, **WIDTHS, **TOKENS)
+    return tf.SeamlessM4TForTextToText(config)
+
+
 def two_berts():
     config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(tf.BertConfig(**PARTS), tf.BertConfig(**PARTS))
     return tf.EncoderDecoderModel(config=config)
@@ -53,6 +60,7 @@ def filled_up():
 TARGETS = {
     t5: ["q", "k", "v", "o", "wi", "wo"],
     bart: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    seamless: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     two_berts: ["query", "key", "value", "attention.output.dense"],
     experts: ["q_proj", "shared_expert_gate"],
     positions_first: ["layer_1", "layer_2"],
@@ -98,6 +106,21 @@ def test_a_decoder_after_adapted_encoders_is_compared_at_its_own_tokens(method, 
         data = {task: [batch(filler, length=8, two_sided=True)] for task in folders}
         found.append(nsc_merge.merge(model, folders, data, method, **options).coefficients)
     assert found[0] == found[1]
+
+
+def test_a_decoder_by_a_longer_name_is_measured_at_its_own_tokens(tmp_path):
+    torch.manual_seed(0)
+    model = seamless().eval()
+    folders = {
+        task: write_adapter(model, tmp_path / task, n, r=2, target_modules=TARGETS[seamless])
+        for n, task in enumerate("ab")
+    }
+    found = []
+    for filler in (7, 50):
+        data = {task: [batch(filler, length=7, two_sided=True)] for task in folders}
+        found.append(nsc_merge.merge(model, folders, data, "nsc", steps=1, compile=False, progress=False))
+    assert found[0].options["scored"] == ["text_decoder.layers.1.self_attn.v_proj"]
+    assert found[0].history[0]["omega"] == found[1].history[0]["omega"]
 
 
 def test_analyses_do_not_see_what_padding_holds(tmp_path):

@@ -216,6 +216,8 @@ def check_gradients(model: nn.Module) -> None:
         with torch.enable_grad():
             z = torch.cat([z, torch.zeros_like(z)]).requires_grad_()
             y = module(z)
+            if not isinstance(y, Tensor):  # I-BERT's, which give the scale of their integers too, take no adapter
+                continue
             given = to_float64(y.detach())
             given = given - given[1]
             found = None
