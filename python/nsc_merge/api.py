@@ -55,10 +55,11 @@ def merge(
         shared_modules: what happens to modules that the adapters trained in full and that are the base's own, such as
             LLaVA's projector or a language model's head: ``"lambda"`` gives them coefficients, too; ``"mean"`` and
             ``"first"`` do not. See :func:`nsc_merge.models.fitting.fit`.
-        dora: DoRA adapters are merged as the ``"exact"`` updates that they are to the base: each alone, sums
-            of them and both formats are what PEFT computes. Format ``"lora"`` is then a DoRA adapter, which vLLM does
-            not serve. ``"convert"`` makes plain LoRA updates of the same rank of them, with the error in the notes;
-            ``"refuse"`` refuses them. See :func:`nsc_merge.models.fitting.fit`.
+        dora: DoRA adapters are merged as the ``"exact"`` updates that they are to the base: each alone and both
+            formats are what PEFT computes (which, with several active, applies the second to what the first made).
+            Format ``"lora"`` is then a DoRA adapter, which vLLM does not serve. ``"convert"`` makes plain LoRA updates
+            of the same rank of them, with the error in the notes; ``"refuse"`` refuses them. See
+            :func:`nsc_merge.models.fitting.fit`.
         added_tokens: where adapters have a larger vocabulary than the base, what rows its new tokens get: the
             ``"mean"`` over the tasks that have them, those of the ``"first"``, or none (``"base"``); ``"refuse"``
             refuses such adapters. See :func:`nsc_merge.models.vocabulary.with_vocabulary`.

@@ -157,3 +157,18 @@ class Losses:
         self._met = ~dead
         if "best" in tensors:
             self._best = (float(tensors["best_loss"]), tensors["best"])
+
+
+def backward_of(loss: Tensor) -> None:
+    """``loss.backward()``, of what depends on a coefficient.
+
+    Raises:
+        FoundByAll: if nothing in it does, so that nothing could be learned.
+    """
+    if not loss.requires_grad:
+        raise FoundByAll(
+            "calibration: what is compared depends on no coefficient; expected something that comes after an adapted "
+            "module, as option features or outputs may say, in a model that autograd follows, unlike the reversible "
+            "layers of Reformer"
+        )
+    loss.backward()

@@ -224,7 +224,15 @@ class Optimisation:
             if not finite:
                 raise _not_finite(f"step {step}", "the gradient is not finite")
             objective = _mean(known)
-            if step == 0 and objective and self.dead.flatten()[self._present].all() and not self._depends():
+            still = step == 0 and bool(objective) and bool(self.dead.flatten()[self._present].all())
+            depends = still and self._depends()
+            if depends and self._quantity == "omega":
+                raise FoundByAll(
+                    "model: the objective depends on the coefficients, and its gradient is zero for all of them; "
+                    "expected a model that autograd follows, unlike the reversible layers of Reformer, or a method "
+                    "without gradients"
+                )
+            if still and not depends:
                 raise FoundByAll(
                     "calibration: at step 0, the objective depends on no coefficient; expected something measured that "
                     "comes after an adapted module, and inputs that are not all zero there; of a block that runs "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nsc_merge.calibration.batches import Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Loss
+from nsc_merge.descent.mean_loss import Loss, backward_of
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend
 from nsc_merge.methods.gradient.own_answers import Growing, Writing, writing_after
@@ -154,7 +154,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 # Without functions of their own, tasks that share a batch share its logits.
                 values = values if heads else values * len(here)
                 if torch.is_grad_enabled():
-                    (torch.stack(values).sum() / len(tasks)).backward()
+                    backward_of(torch.stack(values).sum() / len(tasks))
                 found[here] = torch.stack(values).detach().float().cpu()
             return found
 
@@ -192,7 +192,7 @@ def _decoded(
         logits = rows.following(model(**rows.inputs()).logits)
         value = (entropy(logits) * ~rows.ended).sum() / len(rows.ended)
         if torch.is_grad_enabled():
-            (weight * value).backward()
+            backward_of(weight * value)
         total += float(value.detach())
         rows.append(logits.detach().argmax(-1))
         # Until the answers of all processes have ended.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Loss
+from nsc_merge.descent.mean_loss import Loss, backward_of
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.learned_coefficients import descend, presence
 from nsc_merge.methods.gradient.own_answers import Answered, NewTokens, check_new_tokens, writing_of
@@ -326,7 +326,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                     found.append(share * value / wanted.base)
             total = torch.stack(found)
             if torch.is_grad_enabled():
-                (total.sum() / count).backward()
+                backward_of(total.sum() / count)
             return total.detach()
 
         # Variances are of all batches so far.

@@ -19,7 +19,7 @@ from nsc_kernels.devices import with_float64
 from nsc_merge.calibration.batches import Batch, held_out, naming_tasks, restartable, streams
 from nsc_merge.calibration.forward_passes import Pass, of_the_whole, one_by_one
 from nsc_merge.descent.coefficients import BoundedCoefficients
-from nsc_merge.descent.mean_loss import Loss, parts_of
+from nsc_merge.descent.mean_loss import Loss, backward_of, parts_of
 from nsc_merge.descent.options import SharedDescentOptions
 from nsc_merge.methods.gradient.feature_watcher import Seen, Watcher
 from nsc_merge.methods.gradient.learned_coefficients import attached, descend, presence
@@ -267,7 +267,7 @@ def _run(problem: Problem, given: Mapping[str, Any]) -> MergeResult:
                 values.append(value)
             total = torch.stack(values)
             if torch.is_grad_enabled():
-                (total.sum() / count).backward()
+                backward_of(total.sum() / count)
             return total.detach()
 
         return Loss(backward)

@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token,
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import classifiers, output_embeddings
+from nsc_merge.models.block_finding import classifiers, output_embeddings, trunk_of
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.models.real_tokens import at_positions, positions_first
@@ -64,21 +64,30 @@ class Watcher:
         ratios: bool = False,
         given: Family | Mapping[str, Any] | None = None,
     ) -> None:
-        # Which module ends before the head is known of families alone, or of models that point out their head, as
-        # timm's convolutional ones; modules can be named in any model.
-        needed = ratios or (isinstance(features, str) and not classifiers(problem.model))
+        # Which module ends before the head is known of families, of models that point out their head, as timm's
+        # convolutional ones, or their trunk, as those of transformers; modules can be named in any model.
+        final = isinstance(features, str) and not classifiers(problem.model)
+        trunk = trunk_of(problem.model) if final else problem.model
+        needed = ratios or (final and trunk is problem.model)
         linears = adapted_linears(problem.model, problem.adapters)
-        paths = measurable(linears, problem.adapters) or list(linears)
-        known = needed or given is not None
-        family = family_of(problem.model, paths, given) if known else find_family(problem.model, paths)
+        paths: list[str] | None = measurable(linears, problem.adapters) or list(linears)
+        if not ratios and find_family(problem.model, paths) is None:
+            # Such as experts alone, whose blocks have other linears.
+            paths = None
+
+        def family_with(adapted: list[str] | None) -> Family | None:
+            known = needed or given is not None
+            return family_of(problem.model, adapted, given) if known else find_family(problem.model, adapted)
+
+        family = family_with(paths)
         # What is adapted may be the encoder; what is matched is of the decoder after it.
-        last = family_of(problem.model, None, given) if needed else family
+        last = family_with(None) if final else family
         self._model, self._mask = problem.model, last.mask if last else None
         self._measured_mask = family.mask if family else None
         of_tokens = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
         answers_last = of_tokens and not labels_positions(problem.model)
         self._last = (positions or ("last" if answers_last else "all")) == "last"
-        self._trunk: nn.Module = problem.model
+        self._trunk: nn.Module = trunk
         if family is not None:
             self._trunk = getattr(problem.model, family.prefill, problem.model)
         self._places: list[str] | None = None if isinstance(features, str) else list(features)
@@ -87,7 +96,9 @@ class Watcher:
         if unknown:
             name = type(problem.model).__name__
             raise ValueError(f"features: expected 'final' or paths of modules of {name}, found {unknown[0]!r}")
-        self._scored = scored_paths(family, problem.model, paths, None, "last_quarter") if ratios and family else []
+        self._scored: list[str] = []
+        if ratios and family is not None and paths is not None:
+            self._scored = scored_paths(family, problem.model, paths, None, "last_quarter")
         touched = attachment.presence(self._scored, problem.adapters)
         self._touched = dict(zip(self._scored, touched, strict=True))
 

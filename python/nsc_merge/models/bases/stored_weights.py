@@ -77,7 +77,7 @@ def stored(model: nn.Module, name: str) -> Stored:
     linear: Any = model.get_submodule(path)
     own = linear._parameters.get("weight")
     # A norm's or a router's, or that of experts; attachment says which modules can be merged.
-    other = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter) and own.dim() <= 2
+    other = not hasattr(linear, "in_features") and isinstance(own, nn.Parameter)
     whole = isinstance(linear, (nn.Embedding, *_CONVOLUTIONS)) or other or part not in _LINEAR
     if not (isinstance(linear, nn.Linear) or whole or is_transposed(linear)) or is_compressed(linear):
         found = "what compressed-tensors keeps" if is_compressed(linear) else f"a {type(linear).__name__}"
