@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.real_tokens import at_positions, positions_first
+from nsc_merge.models.real_tokens import at_positions, positions_first, without_heads
 
 
 class PositionWeights:
@@ -62,8 +62,11 @@ class PositionWeights:
             weights = rows / (rows.flatten(0, -2).sum(0) * positions).clamp(min=1)
             return one.mine(weights.expand(shape[0], *weights.shape[1:]))
         told = isinstance(mask, Tensor)
-        if told and mask.shape != shape and len(shape) == 2:
-            mask = at_positions(self._model, mask, shape[1])
+        inner = without_heads(shape)
+        if told and mask.shape != inner and len(inner) == 2:
+            mask = at_positions(self._model, mask, inner[1])
+        if told and mask.shape == inner:
+            mask = mask.reshape(shape)
         if not told or mask.shape != shape:
             found = list(mask.shape) if told else type(mask).__name__
             way_out = "batch_tasks=False" if one.inside is not None else "include_pad=True averages over every position"

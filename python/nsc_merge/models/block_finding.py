@@ -12,21 +12,21 @@ from torch import nn
 
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
-VALUES = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v", "to_value")
-PACKED = (
-    *("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection"),
-    *("to_qkv", "to_qkv_mlp_proj"),
-)
+VALUES: tuple[str, ...] = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v", "to_value", "v_head", "linear_v")
+VALUES += ("Wv", "projection_value", "v_proj_current")
+PACKED: tuple[str, ...] = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
+# With keys alone those of latent attention, as DeepSeek's.
+PACKED += ("to_qkv", "to_qkv_mlp_proj", "queries_keys_values", "kv_b_proj", "kv_a_proj_with_mqa", "kv_proj")
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
 # Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks. diffusers'
 # second of a block is one to the prompt, unless it says otherwise; what is of the sound beside a video is called so.
-_CROSS = re.compile(r"cross|encoder_attn|EncDecAttention|\battn2\b|\baudio_|_to_audio_", re.IGNORECASE)
+_CROSS = re.compile(r"(?i)cross|encoder_attn|encoder_decoder_att|EncDecAttention|\battn2\b|\baudio_|_to_audio_")
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 REDUCES = "_get_feature_vector_attention_mask"
 # Inputs of audio beside text, and what configurations call the token that stands in the text for it.
 AUDIO = ("input_features", "input_values", "audio_input_features")
 _HEARD = ("audio_token_id", "audio_token_index")
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "video_model")
 
 
 def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[str, Any] | None:
@@ -60,16 +60,19 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     if not lists:
         return None
     config: Any = getattr(model, "config", None)
-    towers = has_two_towers(config)
-    decoder = None if towers else _decoder(model)
-    inside = {path: size for path, size in lists.items() if decoder and path.startswith(f"{decoder}.")}
+    towers = has_two_towers(config) and not _generates(model, config)
+    # What the model calls its decoder, if that is a part of it.
+    decoder = "" if towers else _beneath(model, _asked(model, "get_decoder"))
+    inside = {path: size for path, size in lists.items() if decoder and path.startswith(decoder)}
     lists = inside or lists
     lists = {path: size for path, size in lists.items() if not _projects(model.get_submodule(path))} or lists
     if towers:
         # Text and images in models beside each other, of whatever depth, with a head behind them as in OWL-ViT or not.
         above = _beneath(model, getattr(model, "base_model", model))
         tops = itertools.groupby(lists, lambda path: path.removeprefix(above).partition(".")[0])
-        chosen = [_longest({path: lists[path] for path in group})[-1] for _, group in tops]
+        inner = {top: _longest({path: lists[path] for path in group})[-1] for top, group in tops}
+        # What lies between the two, as in X-CLIP, is neither.
+        chosen = [path for top, path in inner.items() if top in _TOWERS or "text" in top] or list(inner.values())
     else:
         # Of several as long as each other, the decoder's comes last, and a UNet's convolutions behind its attention.
         longest = _longest(lists)
@@ -108,8 +111,14 @@ def _projects(blocks: nn.Module) -> bool:
 
 
 def _attends(blocks: str, counted: Collection[str]) -> bool:
-    inside = (path.rpartition(".")[2] for path in counted if path.startswith(f"{blocks}."))
+    inside = (_role(path) for path in counted if path.startswith(f"{blocks}."))
     return any(name in (*VALUES, *PACKED, *OUTPUTS) for name in inside)
+
+
+def _role(path: str) -> str:
+    """What a linear is called, or the module that is around it alone, as LeViT's and Moshi's are."""
+    *_, above, name = ("", *path.split("."))
+    return above if name == "linear" else name
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -154,7 +163,7 @@ def _scored(model: nn.Module, block: str, counted: Collection[str]) -> tuple[str
     own = [name for name in reversed(within) if not _crosses(model, within[name], name)] or list(reversed(within))
     ranked: dict[str, None] = {}
     for names in (VALUES, PACKED, OUTPUTS):
-        ranked.update(dict.fromkeys(path for path in own if path.rpartition(".")[2] in names))
+        ranked.update(dict.fromkeys(path for path in own if _role(path) in names))
     ranked.update(dict.fromkeys(own))
     return tuple(ranked)
 
@@ -178,7 +187,7 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     prefill = "base_model" if alone else ""
     if trunk is model and trunk_of(model) is not model:
         prefill = _model_within(model) or prefill
-    if has_two_towers(config):
+    if has_two_towers(config) and not _generates(model, config):
         mask = "attention_mask" if "attention_mask" in taken else None
         unmasked = tower and f"{_beneath(model, trunk)}{tower}"
         return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": unmasked}
@@ -244,7 +253,7 @@ def type_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
-def _beneath(model: nn.Module, part: nn.Module) -> str:
+def _beneath(model: nn.Module, part: nn.Module | None) -> str:
     """What paths of what is in a part of the model begin with."""
     return next((f"{path}." for path, module in model.named_modules() if path and module is part), "")
 
@@ -260,10 +269,14 @@ def _needed(module: nn.Module) -> set[str]:
     return {one.name for one in given if one.kind in kinds and one.default is inspect.Parameter.empty}
 
 
+def _generates(model: nn.Module, config: Any) -> bool:
+    return bool(getattr(config, "is_decoder", False) or getattr(model, "can_generate", lambda: False)())
+
+
 def _is_causal(model: nn.Module, config: Any) -> bool:
     """Whether it predicts the next token: generates, or has attention that says so."""
-    generates = getattr(config, "is_decoder", False) or getattr(model, "can_generate", lambda: False)()
-    return generates or _sees(config) or any(getattr(module, "is_causal", False) is True for module in model.modules())
+    attends = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return _generates(model, config) or _sees(config) or attends
 
 
 def _sees(config: Any) -> bool:
@@ -334,8 +347,3 @@ def places_of(model: nn.Module) -> dict[str, int]:
     places = {"pixel_values": image_token_of(model), **dict.fromkeys(AUDIO, heard)}
     return {name: token for name, token in places.items() if token is not None}
 
-
-def _decoder(model: nn.Module) -> str | None:
-    """Path of what the model calls its decoder, if that is a part of it."""
-    part = _asked(model, "get_decoder")
-    return next((path for path, module in model.named_modules() if path and module is part), None)

@@ -23,7 +23,7 @@ _POSITIONS_FIRST |= {"fsmt": "coder."}
 # Types that put padding of their own behind the tokens, up to a multiple of what attends to one another.
 _PADDING = ("longformer", "led", "big_bird", "bigbird_pegasus")
 # Types that read an image's patches behind the tokens, of which no mask of tokens speaks.
-_PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3")
+_PATCHES_BEHIND = ("layoutlmv2", "layoutlmv3", "vilt")
 
 
 class RealTokens:
@@ -45,21 +45,21 @@ class RealTokens:
         Args:
             path: of the linear.
             z: something that it has of every row of its input: ``[rows, tokens]``, ``[tokens, rows]`` or
-                ``[rows * tokens]``.
+                ``[rows * tokens]``, or of one head ``[rows, 1, tokens]``.
             inputs: of the model.
         """
         mask = inputs.get(self._name(path) or "")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
-        count = mask.shape[1]
-        if z.dim() > 1 and len(mask) in z.shape[:2]:
-            count = z.shape[0] if positions_first(self._model, path) else z.shape[1]
+        count, shape = mask.shape[1], without_heads(z.shape)
+        if len(shape) > 1 and len(mask) in shape[:2]:
+            count = shape[0] if positions_first(self._model, path) else shape[1]
         real = at_positions(self._model, mask, count).bool().to(z.device)
         # A router or an expert that all tokens go through sees the rows of all examples in one.
         views = [real, real.t(), real.flatten()]
         # Of as many rows as positions, the shape does not say which is which.
         views = views[1:] if positions_first(self._model, path) else views
-        return next((view for view in views if view.shape == z.shape), None)
+        return next((view.reshape(z.shape) for view in views if view.shape == shape), None)
 
     def _name(self, path: str) -> str | None:
         if self._unmasked is not None and path.startswith(self._unmasked):
@@ -71,10 +71,15 @@ class RealTokens:
         return "attention_mask" if of_encoder else "decoder_attention_mask"
 
 
+def without_heads(shape: torch.Size) -> torch.Size:
+    """A shape of rows and positions, without the one head between them for which DeepSeek's latents are."""
+    return torch.Size([shape[0], *(size for size in shape[1:-1] if size != 1), shape[-1]]) if len(shape) > 2 else shape
+
+
 def at_positions(model: nn.Module, mask: Tensor, count: int) -> Tensor:
     """A mask ``[rows, inputs]`` at the ``count`` positions that a model of sound makes of its inputs, as it does so
-    itself, or that Longformer and its kind fill up with padding, and LayoutLM's with an image; the mask as it is, of a
-    model that makes one position of each input or where that gives other numbers of them.
+    itself, or that Longformer and its kind fill up with padding, and LayoutLM's and ViLT with an image; the mask as it
+    is, of a model that makes one position of each input or where that gives other numbers of them.
     """
     kind = type_of(model)
     if kind in (*_PADDING, *_PATCHES_BEHIND) and mask.dim() == 2 and mask.shape[1] < count:

@@ -10,8 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 from loop_cases import TASKS, adapters_for, llama, text_batches
+from transformers import ReformerConfig, ReformerForSequenceClassification
+from zoo import write_adapter
 
-from nsc_merge import merge
+from nsc_merge import Adapter, Factor, merge
 from nsc_merge.descent.optimisation import COMPARED
 from nsc_merge.recipes.saved_result import read_document
 
@@ -254,3 +256,36 @@ def test_what_is_measured_in_front_of_every_adapter_is_refused(early_exit):
     calibration = {task: text_batches(1)[task] for task in adapters}
     with pytest.raises(RuntimeError, match="depends on no coefficient"):
         merge(llama(), adapters, calibration, score_blocks=[0], early_exit=early_exit, **SETTINGS)
+
+
+@pytest.mark.parametrize("method", ["match", "distill", "adamerging"])
+def test_what_is_compared_in_front_of_every_adapter_is_refused(method):
+    """Such as the last hidden state, where the head alone is adapted; the logits behind it are compared."""
+    model = llama()
+    torch.manual_seed(0)
+    width, tokens = model.lm_head.in_features, model.lm_head.out_features
+    factors = [Factor(torch.randn(2, width), torch.randn(tokens, 2), 1.0) for _ in "ab"]
+    adapters = {task: Adapter(task, {"lm_head": one}) for task, one in zip("ab", factors, strict=True)}
+    data = {task: text_batches(1)[task] for task in adapters}
+    if method == "match":
+        with pytest.raises(RuntimeError, match="is compared depends on no coefficient; expected something"):
+            merge(model, adapters, data, method, **SETTINGS)
+        return
+    found = merge(model, adapters, data, method, **SETTINGS).coefficients["lm_head"]
+    assert found["a"] != found["b"]
+
+
+def test_a_gradient_that_a_model_loses_is_no_objective_at_its_least(tmp_path):
+    """Reformer's reversible layers run again in a backward of their own, whose gradients go to parameters alone."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 8, "feed_forward_size": 32}
+    places = {"axial_pos_shape": (4, 4), "axial_pos_embds_dim": (8, 24), "lsh_attn_chunk_length": 16}
+    layers = {"attn_layers": ["local", "local"], "local_attn_chunk_length": 4, "vocab_size": 64}
+    torch.manual_seed(0)
+    model = ReformerForSequenceClassification(ReformerConfig(**sizes, **places, **layers)).eval()
+    targets = {"r": 2, "target_modules": ["query_key", "value", "query", "key"]}
+    adapters = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+    data = {task: [{"input_ids": torch.randint(64, (2, 16))}] for task in adapters}
+    with pytest.raises(RuntimeError, match="its gradient is zero for all of them; expected a model that autograd"):
+        merge(model, adapters, data, **SETTINGS)
+    with pytest.raises(RuntimeError, match="depends on no coefficient.*unlike the reversible layers"):
+        merge(model, adapters, data, "match", **SETTINGS)

@@ -243,3 +243,59 @@ def test_towers_that_call_their_values_by_other_names_are_both_measured():
     assert scored_paths(family, model, adapted, None, "last_quarter") == [text, *images]
     # Where one of them has no adapter in its last blocks, the other is measured.
     assert scored_paths(family, model, [*images], None, "last_quarter") == images
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "measured"),
+    [
+        # One that generates has no towers beside each other, though no token says where the image is.
+        ("Blip", {"text_config": SMALL, "vision_config": SMALL},
+         ["text_decoder.bert.encoder.layer.1.attention.self.value"]),
+        # Not its values of the encoder's positions.
+        ("Pix2Struct", {"text_config": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "d_kv": 8},
+                        "vision_config": SMALL},
+         ["decoder.layer.1.self_attention.attention.value"]),
+    ],
+)  # fmt: skip
+def test_a_decoder_behind_an_image_is_measured_where_it_attends_to_itself(name, config, measured):
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
+    with torch.device("meta"):
+        model = kind(kind.config_class(**config))
+    adapted = [path for path, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    assert scored_paths(family_of(model, adapted), model, adapted, None, "last_quarter") == measured
+
+
+def test_what_lies_between_two_towers_is_neither():
+    images = {**SMALL, "mit_hidden_size": 16, "mit_num_hidden_layers": 3, "mit_intermediate_size": 24,
+              "mit_num_attention_heads": 2}
+    with torch.device("meta"):
+        model = transformers.XCLIPModel(transformers.XCLIPConfig(text_config=SMALL, vision_config=images))
+    adapted = [path for path, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    scored = scored_paths(family_of(model, adapted), model, adapted, None, "last_quarter")
+    assert {path.partition(".")[0] for path in scored} == {"text_model", "vision_model"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "measured"),
+    [
+        ("CTRLLMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 24}, "multi_head_attention.Wv"),
+        ("FunnelModel", {"block_sizes": [2], "d_model": 16, "n_head": 2, "d_inner": 24}, "attention.v_head"),
+        ("CvtModel", {}, "attention.attention.projection_value"),
+        ("LevitModel", {}, "module.queries_keys_values.linear"),
+        ("MoshiForCausalLM", {**SMALL, "ffn_dim": 24, "audio_vocab_size": 8, "depth_decoder_config": {**SMALL, "ffn_dim": 24}},
+         "self_attn.v_proj.linear"),
+        ("Wav2Vec2ConformerModel", {**SMALL, "conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (4,)},
+         "self_attn.linear_v"),
+    ],
+)  # fmt: skip
+def test_values_are_found_whatever_they_are_called(name, config, measured):
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class(**config))
+    adapted = [path for path, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    scored = scored_paths(family_of(model, adapted), model, adapted, None, "last_quarter")
+    assert scored
+    assert all(path.endswith(f".{measured}") for path in scored), scored

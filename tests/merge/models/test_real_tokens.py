@@ -47,6 +47,13 @@ def experts():
     return tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**PARTS, **TOKENS, **EXPERTS, shared_expert_intermediate_size=24))
 
 
+def latents():
+    """Keys and values are made of latents ``[rows, 1, positions, d]``."""
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    heads = {"head_dim": 4, "num_key_value_heads": 2, "first_k_dense_replace": 2}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**PARTS, **ranks, **heads))
+
+
 def positions_first():
     config = tf.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=24, pad_token_id=0)
     return tf.XLNetForSequenceClassification(config)
@@ -63,6 +70,7 @@ TARGETS = {
     seamless: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     two_berts: ["query", "key", "value", "attention.output.dense"],
     experts: ["q_proj", "shared_expert_gate"],
+    latents: ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
     positions_first: ["layer_1", "layer_2"],
 }
 
@@ -108,18 +116,22 @@ def test_a_decoder_after_adapted_encoders_is_compared_at_its_own_tokens(method, 
     assert found[0] == found[1]
 
 
-def test_a_decoder_by_a_longer_name_is_measured_at_its_own_tokens(tmp_path):
+@pytest.mark.parametrize(
+    ("build", "measured"),
+    [(seamless, "text_decoder.layers.1.self_attn.v_proj"), (latents, "model.layers.1.self_attn.kv_b_proj")],
+)
+def test_padding_is_not_measured(build, measured, tmp_path):
     torch.manual_seed(0)
-    model = seamless().eval()
+    model = build().eval()
     folders = {
-        task: write_adapter(model, tmp_path / task, n, r=2, target_modules=TARGETS[seamless])
+        task: write_adapter(model, tmp_path / task, n, r=2, target_modules=TARGETS[build])
         for n, task in enumerate("ab")
     }
     found = []
     for filler in (7, 50):
-        data = {task: [batch(filler, length=7, two_sided=True)] for task in folders}
+        data = {task: [batch(filler, length=7, two_sided=build is seamless)] for task in folders}
         found.append(nsc_merge.merge(model, folders, data, "nsc", steps=1, compile=False, progress=False))
-    assert found[0].options["scored"] == ["text_decoder.layers.1.self_attn.v_proj"]
+    assert found[0].options["scored"] == [measured]
     assert found[0].history[0]["omega"] == found[1].history[0]["omega"]
 
 
@@ -136,19 +148,29 @@ def test_analyses_do_not_see_what_padding_holds(tmp_path):
     assert found["encoder.block.0.layer.0.SelfAttention.v"] == int(data[0][0]["attention_mask"].sum())
 
 
-@pytest.mark.parametrize(("method", "options"), [("nsc", {"steps": 2, "progress": False}), ("regmean", {"batches": 1})])
-def test_patches_behind_the_tokens_count_and_padding_does_not(method, options, tmp_path):
-    torch.manual_seed(0)
+def pages():
     sizes = {"coordinate_size": 3, "shape_size": 2, "input_size": 16, "patch_size": 8, "max_position_embeddings": 32}
-    model = tf.LayoutLMv3ForTokenClassification(tf.LayoutLMv3Config(**PARTS, **sizes, pad_token_id=1)).eval()
+    return tf.LayoutLMv3ForTokenClassification(tf.LayoutLMv3Config(**PARTS, **sizes, pad_token_id=1)).eval()
+
+
+def questions():
+    sizes = {"image_size": 16, "patch_size": 8, "max_position_embeddings": 32, "num_labels": 3}
+    return tf.ViltForQuestionAnswering(tf.ViltConfig(**PARTS, **sizes)).eval()
+
+
+@pytest.mark.parametrize("build", [pages, questions])
+@pytest.mark.parametrize(("method", "options"), [("nsc", {"steps": 2, "progress": False}), ("regmean", {"batches": 1})])
+def test_patches_behind_the_tokens_count_and_padding_does_not(build, method, options, tmp_path):
+    torch.manual_seed(0)
+    model = build()
     targets = {"r": 2, "target_modules": ["query", "value"]}
     folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
 
     def merged(filler, image):
         texts = batch(filler, length=8, two_sided=False)
-        pages = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(image))
-        boxes = torch.zeros(4, 8, 4, dtype=torch.long)
-        data = {task: [{**texts, "bbox": boxes, "pixel_values": pages}] for task in folders}
+        seen = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(image))
+        boxes = {"bbox": torch.zeros(4, 8, 4, dtype=torch.long)} if build is pages else {}
+        data = {task: [{**texts, **boxes, "pixel_values": seen}] for task in folders}
         result = nsc_merge.merge(model, folders, data, method, **options)
         return torch.cat([result.delta(path).flatten() for path in result.paths])
 

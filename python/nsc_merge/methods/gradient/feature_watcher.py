@@ -205,4 +205,7 @@ def _tensor(output: Any) -> Tensor:
         return output
     hidden = getattr(output, "last_hidden_state", None)
     hidden = predicted_latents(output) if hidden is None else hidden
+    if hidden is None and getattr(output, "feature_maps", None):
+        # A backbone's, of several of its stages.
+        return output.feature_maps[-1]
     return hidden if hidden is not None else output[0]
