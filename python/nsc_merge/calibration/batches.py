@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsc_merge.models.real_tokens import of_tokens
 from nsc_merge.processes.group import current
 
 Batch = Mapping[str, Tensor]
@@ -236,7 +237,7 @@ def other_mask(batch: Batch) -> str:
     """What is wrong where tokens and their mask are of different shapes, which transformers runs all the same; nothing
     where they agree, or there is but one of them.
     """
-    tokens, mask = batch.get("input_ids"), _of_tokens(batch)
+    tokens, mask = batch.get("input_ids"), of_tokens(batch.get(MASK))
     if tokens is None or mask is None or tokens.dim() != 2 or tokens.shape == mask.shape:
         return ""
     return f"{MASK}: expected the shape of input_ids, {list(tokens.shape)}, found {list(mask.shape)}"
@@ -244,16 +245,8 @@ def other_mask(batch: Batch) -> str:
 
 def rows_without_tokens(batch: Batch) -> list[int]:
     """Rows of nothing but padding, if a mask says so: a mean over no tokens would count as a ratio of 0."""
-    mask = _of_tokens(batch)
+    mask = of_tokens(batch.get(MASK))
     return [] if mask is None else (mask == 0).all(1).nonzero().flatten().tolist()
-
-
-def _of_tokens(batch: Batch) -> Tensor | None:
-    """The mask, if it is of tokens. In masks of more dimensions, which are added to attention scores, 0 lets a token
-    through, and those of FlexAttention and of several kinds of layers are no tensors.
-    """
-    mask = batch.get(MASK)
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -18,7 +18,7 @@ from nsc_merge.models.bases.stored_weights import is_dtensor
 from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.embeddings.files import modules_of
 from nsc_merge.models.families import Family, plain_family
-from nsc_merge.models.real_tokens import at_positions
+from nsc_merge.models.real_tokens import at_positions, of_tokens
 
 POSITIONS = ("all", "last")
 # What outputs of transformers' models call logits, and values that are all that a model predicts.
@@ -217,8 +217,8 @@ def _named(found: Any, names: Sequence[str]) -> tuple[str, Tensor | None]:
 def _ends(found: Any, model: nn.Module, batch: Batch) -> Tensor:
     """Logits of the positions where an answer starts, and of those where it ends, ``[N, 2, T]``: none is at padding."""
     ends = torch.stack([found.start_logits, found.end_logits], 1)
-    mask = batch.get(MASK)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    mask = of_tokens(batch.get(MASK))
+    if mask is None:
         return ends
     real = at_positions(model, mask, ends.shape[-1]).bool().to(ends.device)
     fits = real.shape == (ends.shape[0], ends.shape[-1])
@@ -271,9 +271,10 @@ def real_positions(model: nn.Module, output: Tensor, mask: Tensor | None) -> Ten
             is then real if both tokens are.
         mask: of the inputs, 0 at padding.
     """
-    if not isinstance(mask, Tensor) or output.dim() != 3 or mask.dim() != 2:
+    told = of_tokens(mask)
+    if told is None or output.dim() != 3:
         return None
-    real = at_positions(model, mask, output.shape[1]).bool()
+    real = at_positions(model, told, output.shape[1]).bool()
     shifted = real[:, 1:] & real[:, :-1]
     return next((one for one in (real, shifted) if one.shape == output.shape[:2]), None)
 

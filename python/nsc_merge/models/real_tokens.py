@@ -48,8 +48,8 @@ class RealTokens:
                 ``[rows * tokens]``, or of one head ``[rows, 1, tokens]``.
             inputs: of the model.
         """
-        mask = inputs.get(self._name(path) or "")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = of_tokens(inputs.get(self._name(path) or ""))
+        if mask is None:
             return None
         count, shape = mask.shape[1], without_heads(z.shape)
         if len(shape) > 1 and len(mask) in shape[:2]:
@@ -69,6 +69,13 @@ class RealTokens:
         side = _SIDE.search(path)
         of_encoder = side is not None and (side[1] == "encoder" or _OF_ENCODER.search(path) is not None)
         return "attention_mask" if of_encoder else "decoder_attention_mask"
+
+
+def of_tokens(mask: Any) -> Tensor | None:
+    """A mask, if it is one of tokens. In masks of more dimensions, which are added to attention scores, 0 lets a token
+    through, and those of FlexAttention and of several kinds of layers are no tensors.
+    """
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def without_heads(shape: torch.Size) -> torch.Size:

@@ -17,6 +17,7 @@ from nsc_merge.calibration.raw.labels import LABELS, Labelling
 from nsc_merge.calibration.raw.reading import batches_of, is_raw
 from nsc_merge.evaluation.eval_recipe import TaskRecipe
 from nsc_merge.evaluation.metrics import absolute_error, cross_entropy, squared_error
+from nsc_merge.models.real_tokens import of_tokens
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 
 
@@ -112,8 +113,8 @@ def padded_behind(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same texts, their tokens and labels, with padding at the end: in front, padding would be asked for the first
     token, and models of absolute positions (GPT-2) would count it.
     """
-    mask = batch.get(MASK)
-    if mask is None or mask.dim() != 2 or "position_ids" in batch or bool((mask[:, 0] != 0).all()):
+    mask = of_tokens(batch.get(MASK))
+    if mask is None or "position_ids" in batch or bool((mask[:, 0] != 0).all()):
         return batch
     first = (mask != 0).int().argmax(1)
     places = (torch.arange(mask.shape[1], device="cpu") + first[:, None]) % mask.shape[1]
