@@ -26,7 +26,14 @@ MEDIA = (
     "TEXT_TO_SPECTROGRAM", "TEXT_TO_WAVEFORM", "TIME_SERIES_PREDICTION", "TIME_SERIES_CLASSIFICATION",
     "DOCUMENT_QUESTION_ANSWERING", "VISUAL_QUESTION_ANSWERING", "MASKED_IMAGE_MODELING", "PRETRAINING",
 )  # fmt: skip
-HEADS = {"text": TEXT, "media": MEDIA}
+# Of texts also heads that are each task's own.
+HEADS = {
+    "text": TEXT,
+    "media": MEDIA,
+    "sequences": ("SEQUENCE_CLASSIFICATION",),
+    "tokens": ("TOKEN_CLASSIFICATION",),
+    "questions": ("QUESTION_ANSWERING",),
+}
 LARGEST = 60_000_000
 
 
@@ -71,6 +78,9 @@ def _built(kind: str, name: str, heads: str, wide: bool) -> tuple[nn.Module, dic
     with limited(90):
         own = make.config_class or CONFIG_MAPPING[kind]
         config = own(**small(own(), wide))
+        for part in (config, getattr(config, "text_config", config)) if heads != "media" else ():
+            if getattr(part, "pad_token_id", None) is None:
+                part.pad_token_id = 0  # which classifiers need, to tell where a text ends
         # Some write what they derive into it.
         kept = copy.deepcopy(config)
         with torch.device("meta"):
@@ -79,7 +89,7 @@ def _built(kind: str, name: str, heads: str, wide: bool) -> tuple[nn.Module, dic
             raise ValueError(f"{size:,} parameters")
         torch.manual_seed(0)
         model = make(kept).eval()
-        batch = text_inputs.inputs(model) if heads == "text" else media_inputs.inputs(model, config)
+        batch = media_inputs.inputs(model, config) if heads == "media" else text_inputs.inputs(model)
         with torch.no_grad():
             model(**batch)
     return model, batch

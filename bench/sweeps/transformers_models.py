@@ -139,8 +139,12 @@ def _run(
 
 
 def _alike(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """A batch of its own for a task: of other numbers, with the same tokens at the same places."""
+    """A batch of its own for a task: of other numbers, with the same tokens at the same places, or of a text alone the
+    same tokens in another order.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if not any(value.is_floating_point() for value in batch.values()) and "input_ids" in batch:
+        return {**batch, "input_ids": batch["input_ids"].roll(seed, 1)}
     return {
         name: value + 0.3 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
         for name, value in batch.items()
