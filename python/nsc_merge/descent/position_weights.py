@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.real_tokens import at_positions, positions_first, without_heads
+from nsc_merge.models.real_tokens import at_positions, mask_named, positions_first, without_heads
 
 
 class PositionWeights:
@@ -44,7 +44,7 @@ class PositionWeights:
         return self._of_rows(path, one, sqnorm)
 
     def _of_rows(self, path: str, one: Pass, sqnorm: Tensor) -> Tensor:
-        mask = one.inside if self._mask is None else one.whole.get(self._mask)
+        mask = one.inside if self._mask is None else mask_named(self._mask, one.whole)
         mask = None if self._is_unmasked(path) else mask
         # Without a mask the weights depend on shapes alone and serve every later pass of the kind.
         kind = (one.tasks, one.sizes, one.part and one.part.key, sqnorm.shape, sqnorm.device)

@@ -48,7 +48,7 @@ class RealTokens:
                 ``[rows * tokens]``, or of one head ``[rows, 1, tokens]``.
             inputs: of the model.
         """
-        mask = of_tokens(inputs.get(self._name(path) or ""))
+        mask = of_tokens(mask_named(self._name(path), inputs))
         if mask is None:
             return None
         count, shape = mask.shape[1], without_heads(z.shape)
@@ -76,6 +76,19 @@ def of_tokens(mask: Any) -> Tensor | None:
     through, and those of FlexAttention and of several kinds of layers are no tensors.
     """
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def rereads(inputs: Mapping[str, Any]) -> bool:
+    """Whether the decoder of an encoder-decoder is given nothing to read: that of a classifier, as of T5 and BART,
+    reads the encoder's text again.
+    """
+    return not any(name.startswith("decoder_") for name in inputs)
+
+
+def mask_named(name: str | None, inputs: Mapping[str, Any]) -> Any:
+    """The mask among a model's inputs, which of a decoder that reads the encoder's text again is the encoder's."""
+    name = name.removeprefix("decoder_") if name is not None and rereads(inputs) else name
+    return None if name is None else inputs.get(name)
 
 
 def without_heads(shape: torch.Size) -> torch.Size:

@@ -135,6 +135,31 @@ def test_padding_is_not_measured(build, measured, tmp_path):
     assert found[0].history[0]["omega"] == found[1].history[0]["omega"]
 
 
+@pytest.mark.parametrize("kind", ["T5", "Bart"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("nsc", {"steps": 2, "compile": False}), ("match", {"steps": 2, "warm_up": 0}), ("regmean", {"batches": 1})],
+)
+def test_a_classifier_s_decoder_reads_the_encoder_s_text_and_its_padding(kind, method, options, tmp_path):
+    """Whose batches have no tokens for it: it makes them itself."""
+    torch.manual_seed(0)
+    config = (t5 if kind == "T5" else bart)().config
+    config.num_labels, config.decoder_layers = 3, 2
+    model = getattr(tf, f"{kind}ForSequenceClassification")(config).eval()
+    targets = {"r": 2, "target_modules": TARGETS[t5 if kind == "T5" else bart]}
+    folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+    options = options if method == "regmean" else {**options, "progress": False}
+
+    def merged(filler):
+        texts = batch(filler, length=8, two_sided=False)
+        # Answered where the text ends.
+        texts["input_ids"][torch.arange(4), texts["attention_mask"].sum(1) - 1] = config.eos_token_id
+        result = nsc_merge.merge(model, folders, {task: [texts] for task in folders}, method, **options)
+        return torch.cat([result.delta(path).flatten() for path in result.paths])
+
+    torch.testing.assert_close(merged(7), merged(50), rtol=1e-4, atol=1e-6)
+
+
 def test_analyses_do_not_see_what_padding_holds(tmp_path):
     torch.manual_seed(0)
     model = t5().eval()

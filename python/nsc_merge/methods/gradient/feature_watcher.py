@@ -18,10 +18,10 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token,
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import classifiers, output_embeddings, trunk_of
+from nsc_merge.models.block_finding import classifiers, encodes, output_embeddings, trunk_of
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
-from nsc_merge.models.real_tokens import at_positions, positions_first
+from nsc_merge.models.real_tokens import at_positions, mask_named, positions_first, rereads
 
 # Under which the input of the model's head is kept; no path of a module is empty but the model's own.
 _HEAD = ""
@@ -109,7 +109,7 @@ class Watcher:
         return [self._real(batch, self._mask, feature) for feature in seen]
 
     def _real(self, batch: Batch, name: str | None, seen: Tensor) -> Tensor | None:
-        mask = batch.get(name) if name else None
+        mask = mask_named(name, batch)
         if mask is None:
             return None
         return (at_positions(self._model, mask, seen.shape[1]) if seen.dim() > 1 else mask).bool()
@@ -149,7 +149,14 @@ class Watcher:
                 # Of T5, timm's and others nothing else ends in front of the head.
                 before = head.register_forward_pre_hook(lambda _, arguments: kept.update({_HEAD: arguments[0]}))
                 stack.callback(before.remove)
-            output = output_of(self._model, self._trunk, one.inputs)
+            if self._trunk is not self._model and encodes(self._model) and rereads(one.inputs):
+                # What the decoder reads is made in front of the trunk.
+                made: list[Any] = []
+                stack.callback(self._trunk.register_forward_hook(lambda _, __, y: made.append(y)).remove)
+                output_of(self._model, self._model, one.inputs)
+                output = made[0]
+            else:
+                output = output_of(self._model, self._trunk, one.inputs)
         if self._places is None:
             features = [kept[_HEAD] if _HEAD in kept else _final(output, self._trunk, one)]
         else:
