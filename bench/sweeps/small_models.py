@@ -81,6 +81,8 @@ def _built(kind: str, name: str, heads: str, wide: bool) -> tuple[nn.Module, dic
         for part in (config, getattr(config, "text_config", config)) if heads != "media" else ():
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = 0  # which classifiers need, to tell where a text ends
+            if part.is_encoder_decoder and getattr(part, "decoder_start_token_id", None) is None:
+                part.decoder_start_token_id = 0
         # Some write what they derive into it.
         kept = copy.deepcopy(config)
         with torch.device("meta"):
