@@ -18,7 +18,7 @@ from nsc_merge.methods.task_outputs import output_in
 from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.other_values import other_values
-from nsc_merge.models.real_tokens import at_positions
+from nsc_merge.models.real_tokens import at_positions, mask_named
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_safetensors
 
@@ -76,7 +76,7 @@ class LinearHead:
                 f"head: expected weight [C, {features.shape[-1]}] for the features of {type(model).__name__}, found "
                 f"{list(self.weight.shape)}"
             )
-        mask = inputs.get(family.mask) if family and family.mask else None
+        mask = mask_named(family.mask, inputs) if family else None
         pooled = self._pooled(features, mask, model, inputs)
         weight = self.weight.to(pooled)
         output = F.linear(pooled, weight, None if self.bias is None else self.bias.to(pooled))

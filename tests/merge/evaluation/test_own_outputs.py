@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForQuestionAnswering,
     BertModel,
@@ -14,7 +16,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from nsc_merge.evaluation.heads import ModelHead, head_of
+from nsc_merge.evaluation.heads import LinearHead, ModelHead, head_of
 from nsc_merge.evaluation.metrics import METRICS
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
@@ -76,3 +78,18 @@ def test_an_answer_is_scored_by_its_start_and_end_and_none_is_at_padding():
 def test_a_model_that_says_nothing_is_refused():
     with pytest.raises(ValueError, match="head: BertModel gives no logits; expected a head beside the model"):
         ModelHead()(BertModel(WORDS), {"input_ids": torch.tensor([[5, 6]])})
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_a_head_on_a_decoder_that_reads_the_text_again_leaves_its_padding_out(pool):
+    torch.manual_seed(0)
+    sides = {f"{side}_{what}": size for side in ("encoder", "decoder")
+             for what, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}
+    model = BartModel(BartConfig(vocab_size=40, d_model=16, max_position_embeddings=16, **sides)).eval()
+    ids = torch.randint(4, 40, (2, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    with torch.no_grad():
+        features = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        found = LinearHead(torch.eye(16), None, pool)(model, {"input_ids": ids, "attention_mask": mask})
+    wanted = features[1, 3] if pool == "last" else features[1, :4].mean(0)
+    torch.testing.assert_close(found[1], wanted)

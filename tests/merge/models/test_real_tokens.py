@@ -160,6 +160,22 @@ def test_a_classifier_s_decoder_reads_the_encoder_s_text_and_its_padding(kind, m
     torch.testing.assert_close(merged(7), merged(50), rtol=1e-4, atol=1e-6)
 
 
+def test_a_text_model_of_which_no_blocks_are_known_is_matched_at_its_tokens(tmp_path):
+    """SqueezeBERT's are convolutions, and its embeddings are adapted."""
+    torch.manual_seed(0)
+    groups = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    model = tf.SqueezeBertForSequenceClassification(tf.SqueezeBertConfig(**PARTS, **groups, embedding_size=16)).eval()
+    targets = {"r": 2, "target_modules": ["word_embeddings"]}
+    folders = {task: write_adapter(model, tmp_path / task, n, **targets) for n, task in enumerate("ab")}
+
+    def losses(filler):
+        data = {task: [batch(filler, length=8, two_sided=False)] for task in folders}
+        options = {"steps": 2, "warm_up": 0, "positions": "all", "progress": False}
+        return [one["loss"] for one in nsc_merge.merge(model, folders, data, "match", **options).history]
+
+    assert losses(7) == losses(50)
+
+
 def test_analyses_do_not_see_what_padding_holds(tmp_path):
     torch.manual_seed(0)
     model = t5().eval()

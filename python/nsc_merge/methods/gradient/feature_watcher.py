@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_kernels import null_space_ratio
-from nsc_merge.calibration.batches import Batch
+from nsc_merge.calibration.batches import MASK, Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods.method import Problem
 from nsc_merge.methods.task_outputs import beside, labels_positions, last_token, predicted_latents
@@ -21,7 +21,7 @@ from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, out
 from nsc_merge.models.block_finding import classifiers, encodes, output_embeddings, trunk_of
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
-from nsc_merge.models.real_tokens import at_positions, mask_named, positions_first, rereads
+from nsc_merge.models.real_tokens import at_positions, mask_named, of_tokens, positions_first, rereads
 
 # Under which the input of the model's head is kept; no path of a module is empty but the model's own.
 _HEAD = ""
@@ -82,7 +82,8 @@ class Watcher:
         family = family_with(paths)
         # What is adapted may be the encoder; what is matched is of the decoder after it.
         last = family_with(None) if final else family
-        self._model, self._mask = problem.model, last.mask if last else None
+        # Where nothing is known, attention_mask is what transformers calls a mask of tokens.
+        self._model, self._mask = problem.model, last.mask if last else MASK
         self._measured_mask = family.mask if family else None
         of_tokens = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
         answers_last = of_tokens and not labels_positions(problem.model)
@@ -109,7 +110,7 @@ class Watcher:
         return [self._real(batch, self._mask, feature) for feature in seen]
 
     def _real(self, batch: Batch, name: str | None, seen: Tensor) -> Tensor | None:
-        mask = mask_named(name, batch)
+        mask = of_tokens(mask_named(name, batch))
         if mask is None:
             return None
         return (at_positions(self._model, mask, seen.shape[1]) if seen.dim() > 1 else mask).bool()
@@ -154,7 +155,7 @@ class Watcher:
                 made: list[Any] = []
                 stack.callback(self._trunk.register_forward_hook(lambda _, __, y: made.append(y)).remove)
                 output_of(self._model, self._model, one.inputs)
-                output = made[0]
+                output = made[0] if made else output_of(self._model, self._trunk, one.inputs)
             else:
                 output = output_of(self._model, self._trunk, one.inputs)
         if self._places is None:
