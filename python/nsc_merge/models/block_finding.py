@@ -181,9 +181,10 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     taken = _arguments(model) if config is not None else []
     trunk = getattr(model, "base_model", model)
     tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
-    # Where the trunk takes other inputs than the model, as the encoder of DINOv3 does, or needs more of them, as
-    # TimesFM's does, the model has no head.
-    alone = main is None or (main in _arguments(trunk) and _needed(trunk) <= {*taken, main})
+    # Where the trunk takes other inputs than the model, as the encoder of DINOv3 and the decoder of SpeechT5 do, or
+    # needs more of them, as TimesFM's does, the model has no head.
+    reads = {*_arguments(trunk)}
+    alone = main is None or ({main, *({"decoder_input_ids"} & {*taken})} <= reads and _needed(trunk) <= {*taken, main})
     prefill = "base_model" if alone else ""
     if trunk is model and trunk_of(model) is not model:
         prefill = _model_within(model) or prefill

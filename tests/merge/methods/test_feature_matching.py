@@ -91,6 +91,25 @@ def test_the_final_features_of_a_model_without_a_trunk_are_what_its_head_reads()
     assert loss() == pytest.approx({task: value / 32 for task, value in norm.items()}, rel=1e-4)
 
 
+def test_a_trunk_whose_decoder_takes_other_inputs_is_run_by_its_model():
+    """SpeechT5's takes frames of sound or embeddings, where the model around it takes tokens."""
+    torch.manual_seed(0)
+    sides = {f"{side}_{what}": size for side in ("encoder", "decoder")
+             for what, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 24))}
+    sound = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (4,), "num_conv_pos_embeddings": 4}
+    sizes = {"hidden_size": 32, "vocab_size": 40, "num_conv_pos_embedding_groups": 2, **sides, **sound}
+    model = transformers.SpeechT5ForSpeechToText(transformers.SpeechT5Config(**sizes, apply_spec_augment=False)).eval()
+    adapters = one_module(model, "encoder.wrapped_encoder.layers.0.attention.v_proj", 32)
+    batch = {"input_values": torch.randn(2, 64), "decoder_input_ids": torch.randint(2, 40, (2, 5))}
+
+    def loss(**options):
+        data = {task: [batch] for task in adapters}
+        result = nsc_merge.merge(model, adapters, data, "match", positions="all", steps=1, progress=False, **options)
+        return result.history[0]["loss"]
+
+    assert loss() == pytest.approx(loss(features=["speecht5.decoder.wrapped_decoder"]), rel=1e-5)
+
+
 def test_a_model_around_another_is_matched_at_modules_that_are_named(tmp_path):
     base, _, calibration = llama(tmp_path)
     model = Around(base)
