@@ -429,3 +429,21 @@ def test_linears_with_names_of_experts_are_saved_so_that_peft_loads_them(build: 
     torch.testing.assert_close(outputs(peft, tokens()), wanted, rtol=0, atol=1e-5)
     again = nsc_merge.merge(model, {"merged": folder}, method="task_arithmetic", scale=1.0)
     torch.testing.assert_close(outputs(again.apply(copy.deepcopy(model)), tokens()), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_classifier_with_adapted_experts_is_saved_with_its_head(tmp_path: Path) -> None:
+    """Which is checked to have all that is adapted: a matrix of a parameter is no module."""
+    torch.manual_seed(0)
+    model = tf.MixtralForSequenceClassification(
+        tf.MixtralConfig(**SIZES, num_local_experts=EXPERTS, num_labels=3, pad_token_id=0)
+    ).eval()
+    held = trained(model.double(), 1, BOTH, ["q_proj"], task_type="SEQ_CLS")
+    held.set_experts_implementation("eager")
+    held.save_pretrained(tmp_path / "a")
+    result = nsc_merge.merge(model, {"a": tmp_path / "a"}, method="task_arithmetic", scale=1.0)
+    saved = result.save(tmp_path / "model", "model", head="a")
+    again = tf.MixtralForSequenceClassification.from_pretrained(
+        saved, dtype=torch.float64, experts_implementation="eager"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(again(**tokens()).logits, held(**tokens()).logits, rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsc_merge.models.bases.sharded import class_name
+from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.results.layout import HEADS_FOLDER, file_names
 from nsc_merge.results.merged_update import MergedUpdate
 
@@ -301,9 +302,10 @@ def _share(place: nn.Module, trunk: nn.Module, apart: Sequence[str]) -> None:
 
 
 def _renamed(result: Update, model: nn.Module, prefix: str) -> Update:
-    """The result on another model, in which every linear lies behind a prefix."""
-    linears = dict(model.named_modules())
-    lost = next((path for path in result.paths if f"{prefix}{path}" not in linears), None)
+    """The result on another model, in which every linear, and every expert, lies behind a prefix."""
+    there = {path for path, _ in model.named_modules()}
+    behind = ((path, f"{prefix}{path}") for path in result.paths)
+    lost = next((path for path, name in behind if name not in there and matrix_at(model, name) is None), None)
     if lost is not None:
         raise ValueError(
             f"head: {lost} is adapted, and {class_name(model)} has no such module; expected a head of "
