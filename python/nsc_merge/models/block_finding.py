@@ -186,7 +186,7 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     reads = {*_arguments(trunk)}
     alone = main is None or ({main, *({"decoder_input_ids"} & {*taken})} <= reads and _needed(trunk) <= {*taken, main})
     prefill = "base_model" if alone else ""
-    if trunk is model and trunk_of(model) is not model:
+    if trunk is model:
         prefill = _model_within(model) or prefill
     if has_two_towers(config) and not _generates(model, config):
         mask = "attention_mask" if "attention_mask" in taken else None
@@ -231,19 +231,19 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
 
 def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:
     """What a model has in front of its head, which it keeps at ``name``, or the model where it has none. Of those that
-    transformers makes of a backbone and what answers, such as UperNet, that is the backbone; of classifiers that say of
-    no part that it is their trunk, such as CLIP's and SigLIP's of images, the one model that they are around.
+    name no trunk it is their backbone, as UperNet's, or the one model within, as of CLIP's classifiers of images.
     """
     trunk: nn.Module = getattr(model, name, model)
-    if trunk is not model or re.search(r"For[A-Z]", type(model).__name__) is None:
-        return trunk
-    backbone = getattr(model, "backbone", None)
-    within = _model_within(model)
-    return backbone if isinstance(backbone, nn.Module) else model if within is None else getattr(model, within)
+    within = _model_within(model) if trunk is model else None
+    return trunk if within is None else getattr(model, within)
 
 
 def _model_within(model: nn.Module) -> str | None:
-    """Name of the one model that a model is around, if that takes what it does."""
+    """Name of what a model answers by: a backbone, or the one model that it is around, if that takes what it does."""
+    if not re.search(r"For[A-Z]", type(model).__name__):
+        return None
+    if isinstance(getattr(model, "backbone", None), nn.Module):
+        return "backbone"
     models = {name: part for name, part in model.named_children() if hasattr(part, "main_input_name")}
     main = getattr(model, "main_input_name", None)
     return next((name for name, part in models.items() if len(models) == 1 and main in _arguments(part)), None)

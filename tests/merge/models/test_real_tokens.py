@@ -133,6 +133,13 @@ def test_padding_is_not_measured(build, measured, tmp_path):
         found.append(nsc_merge.merge(model, folders, data, "nsc", steps=1, compile=False, progress=False))
     assert found[0].options["scored"] == [measured]
     assert found[0].history[0]["omega"] == found[1].history[0]["omega"]
+    # So is what match weighs beside its features.
+    options = {"steps": 1, "warm_up": 0, "ratio_weight": 1.0, "progress": False}
+    losses = []
+    for filler in (7, 50):
+        data = {task: [batch(filler, length=7, two_sided=build is seamless)] for task in folders}
+        losses.append(nsc_merge.merge(model, folders, data, "match", **options).history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart"])

@@ -21,7 +21,7 @@ from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, out
 from nsc_merge.models.block_finding import classifiers, encodes, output_embeddings, trunk_of
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
-from nsc_merge.models.real_tokens import at_positions, mask_named, of_tokens, positions_first, rereads
+from nsc_merge.models.real_tokens import at_positions, mask_named, of_tokens, positions_first, rereads, without_heads
 
 # Under which the input of the model's head is kept; no path of a module is empty but the model's own.
 _HEAD = ""
@@ -85,8 +85,8 @@ class Watcher:
         # Where nothing is known, attention_mask is what transformers calls a mask of tokens.
         self._model, self._mask = problem.model, last.mask if last else MASK
         self._measured_mask = family.mask if family else None
-        of_tokens = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
-        answers_last = of_tokens and not labels_positions(problem.model)
+        writes = isinstance(features, str) and last is not None and last.tokens is not None and last.causal
+        answers_last = writes and not labels_positions(problem.model)
         self._last = (positions or ("last" if answers_last else "all")) == "last"
         self._trunk: nn.Module = trunk
         if family is not None:
@@ -122,6 +122,8 @@ class Watcher:
 
         def record(path: str, quad: Tensor, sqnorm: Tensor) -> None:
             ratio = null_space_ratio(quad, sqnorm)
+            sqnorm = sqnorm.reshape(without_heads(sqnorm.shape))
+            ratio = ratio.reshape(*sqnorm.shape, -1)
             if sqnorm.dim() == 2 and positions_first(self._model, path):
                 ratio, sqnorm = ratio.transpose(0, 1), sqnorm.t()
             part, whole = (self._real(batch, self._measured_mask, sqnorm) for batch in (one.inputs, one.whole))
