@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+import nsc_merge
+
+METHODS: dict[str, dict[str, Any]] = {
+    "nsc": {"steps": 2, "compile": False, "progress": False},
+    "match": {"steps": 2, "warm_up": 0, "progress": False},
+    "distill": {"steps": 2, "warm_up": 0, "progress": False},
+}
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -136,3 +144,35 @@ def passed_over(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
     for hook in hooks:
         hook.remove()
     return [path for part, path in paths.items() if part not in called]
+
+
+def run(
+    found: dict[str, Any],
+    method: str,
+    model: nn.Module,
+    folders: dict[str, Path],
+    data: dict[str, list[dict[str, Tensor]]],
+) -> str:
+    """Two steps of a method."""
+    done = nsc_merge.merge(model, folders, data, method, **METHODS[method])
+    if method == "nsc":
+        found["measured"] = done.options["scored"]
+    values = {value for row in done.coefficients.values() for value in row.values()}
+    return "ran" if len(values) > 1 else "no coefficient moved"
+
+
+def attempt(found: dict[str, Any], what: str, action: Callable[[], Any], keep: bool = False) -> Any:
+    """What an action gives, in a row too where it is to be kept; of what fails the row has the error's first line."""
+    try:
+        value = action()
+    except Exception as error:
+        found[what] = line(error)
+        return None
+    if keep:
+        found[what] = value
+    return value
+
+
+def line(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:400]

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.sweeps import own_media
 from bench.sweeps.small_configs import WIDTH
 
 _COUNTS = (
-    r"tokens: (?P<tokens>\d+),? (?:and )?(?:number of )?features:? (?P<features>\d+)",
-    r"features:? (?P<features>\d+),? (?:and )?(?:number of )?tokens:? (?P<tokens>\d+)",
-    r"tokens (?:\()?(?P<tokens>\d+)(?:\))?.*?features (?:\()?(?P<features>\d+)",
+    r"tokens: \d+,? (?:and )?(?:number of )?features:? (\d+)",
+    r"features:? (\d+),? (?:and )?(?:number of )?tokens:? \d+",
+    r"tokens (?:\()?\d+(?:\))?.*?features (?:\()?(\d+)",
 )
 _SEEN = ("image_token_id", "image_token_index", "img_token_id", "image_patch_id", "image_soft_token_id")
 _HEARD = ("audio_token_id", "audio_token_index", "audio_soft_token_id")
@@ -31,15 +30,13 @@ _TRIES = 6
 
 def inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
     """The first batch that the model computes, of one row where there is text beside pictures or sound."""
-    if config.model_type in own_media.INPUTS:
-        return own_media.INPUTS[config.model_type]()
     takes = inspect.signature(model.forward).parameters
     places, mends = 4, dict[str, int]()
     error: Exception = ValueError("no batch was tried")
     for _ in range(_TRIES):
         batch = _batch(takes, config, places)
         for name, mend in mends.items():
-            batch[name] = _MENDS[mend][1](batch[name], config)
+            batch[name] = _MENDS[mend][1](batch[name])
         try:
             with torch.no_grad():
                 model(**batch)
@@ -48,7 +45,7 @@ def inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
             error = found
             told = next((match for one in _COUNTS if (match := re.search(one, str(found)))), None)
             if told is not None:
-                wanted = int(told["features"])
+                wanted = int(told[1])
                 # Some count features, some their numbers.
                 places = wanted // WIDTH if wanted == places or wanted > 4096 else wanted
                 continue
@@ -60,22 +57,18 @@ def inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
     raise error
 
 
-def _bins(value: Tensor, config: Any) -> Tensor:
-    """Features of another width, as many bins of several frames in one."""
-    return value.repeat(1, 1, 4)
-
-
-# What a model says of the shape, and the shape that it then gets: several pictures a row, one channel, bins first.
-_MENDS: tuple[tuple[str, Callable[[Tensor, Any], Tensor]], ...] = (
-    (r"expected 5, got 4", lambda value, _: value[:, None]),
-    (r"split_sizes to sum exactly to 1 .*split_sizes=\[5\]", lambda value, _: value[:, None].repeat(1, 5, 1, 1, 1)),
-    (r"split_sizes to sum exactly to 1 .*split_sizes=\[7\]", lambda value, _: value[:, None].repeat(1, 7, 1, 1, 1)),
-    (r"1, \d+\], expected input\[\d+, 2, \d+\] to have 1 channels", lambda value, _: value[:, None]),
-    (r"Audio must be mono", lambda value, _: value[:, None]),
-    (r"expected input\[\d+, \d+, \d+\] to have \d+ channels", lambda value, _: value.transpose(1, 2)),
-    (r"cannot be multiplied \(\d+x80 and 320x", _bins),
-    (r"cannot be multiplied \(\d+x80 and 128x", lambda value, _: value.repeat(1, 1, 2)[..., :128]),
-    (r"16x588 and 1176x", lambda value, _: value.repeat(1, 2)),
+# What a model says of the shape, and the shape that it then gets: several pictures a row, one channel, bins first,
+# those of several frames in one.
+_MENDS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    (r"expected 5, got 4", lambda value: value[:, None]),
+    (r"split_sizes to sum exactly to 1 .*split_sizes=\[5\]", lambda value: value[:, None].repeat(1, 5, 1, 1, 1)),
+    (r"split_sizes to sum exactly to 1 .*split_sizes=\[7\]", lambda value: value[:, None].repeat(1, 7, 1, 1, 1)),
+    (r"1, \d+\], expected input\[\d+, 2, \d+\] to have 1 channels", lambda value: value[:, None]),
+    (r"Audio must be mono", lambda value: value[:, None]),
+    (r"expected input\[\d+, \d+, \d+\] to have \d+ channels", lambda value: value.transpose(1, 2)),
+    (r"cannot be multiplied \(\d+x80 and 320x", lambda value: value.repeat(1, 1, 4)),
+    (r"cannot be multiplied \(\d+x80 and 128x", lambda value: value.repeat(1, 1, 2)[..., :128]),
+    (r"16x588 and 1176x", lambda value: value.repeat(1, 2)),
 )
 
 
@@ -101,7 +94,7 @@ def _text(
     ids = torch.randint(3, 80, (rows, 7 + places), generator=generator)
     kinds = torch.zeros_like(ids)
     names = _HEARD if any("feature" in name or name == "input_values" for name in seen) else _SEEN
-    token = next((value for name in names if (value := _field(config, name)) is not None), None)
+    token = _number(config, names, None)
     if token is not None and places:
         ids[:, 2 : 2 + places] = token
         kinds[:, 2 : 2 + places] = 1
@@ -213,11 +206,6 @@ def _eye(config: Any) -> Any:
     """The part of a configuration that is of pictures."""
     parts = [part for name, part in _parts(config) if re.search(r"vision|image|visual|backbone", name)]
     return next((part for part in parts if hasattr(part, "patch_size") or hasattr(part, "image_size")), config)
-
-
-def _field(config: Any, name: str) -> int | None:
-    found = getattr(config, name, None)
-    return found if isinstance(found, int) else None
 
 
 def _number(config: Any, names: tuple[str, ...], default: Any) -> Any:

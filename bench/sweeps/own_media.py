@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 _AHEAD = {"prediction_length": 4, "context_length": 16, "num_time_features": 2}
@@ -38,7 +35,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 200},
     "wav2vec2-conformer": {"vocab_size": 200},
 }
-INPUTS: dict[str, Callable[[], dict[str, Tensor]]] = {}
 # Images of 1,024 pixels and more, whose attention in float64 takes minutes and gigabytes.
 TOO_LARGE = (
     *("sam_hq", "sam2", "sam2_video", "sam3", "sam3_video", "sam3_tracker", "sam3_tracker_video", "sam3_lite_text"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import sys
 import tempfile
@@ -25,9 +26,8 @@ from torch import Tensor, nn
 
 import nsc_merge
 from bench.merging.cost_rows import environment
-from bench.sweeps.beside_peft import apart, outputs, passed_over, together, write_adapter
+from bench.sweeps.beside_peft import METHODS, apart, attempt, line, outputs, passed_over, run, together, write_adapter
 from bench.sweeps.small_models import limited
-from bench.sweeps.transformers_models import METHODS
 
 SCALE = 0.3
 # Seconds for one model.
@@ -55,7 +55,7 @@ def row(module: str) -> dict[str, Any]:
             pictures = torch.randn(2, *model.default_cfg["input_size"], generator=torch.Generator().manual_seed(1))
             _check(found, model, {"x": pictures}, Path(folder))
     except Exception as error:  # of timm, PEFT or the merge, and each says so by itself
-        found["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        found["error"] = line(error)
     return found
 
 
@@ -75,15 +75,9 @@ def _check(found: dict[str, Any], model: nn.Module, batch: dict[str, Tensor], fo
     result = nsc_merge.merge(model, folders, method="task_arithmetic", scale=SCALE)
     found["modules"] = len(result.paths)
     found["applied"] = apart(outputs(result.apply(copy.deepcopy(model)), batch, torch.float64), expected, base)
-    for method, options in METHODS.items():
-        try:
-            done = nsc_merge.merge(model, folders, {task: [batch] for task in folders}, method, **options)
-        except (RuntimeError, TypeError, ValueError) as error:
-            found[method] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            continue
-        found[method] = "ran"
-        if method == "nsc":
-            found["measured"] = done.options["scored"]
+    data = {task: [batch] for task in folders}
+    for method in METHODS:
+        attempt(found, method, functools.partial(run, found, method, model, folders, data), keep=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

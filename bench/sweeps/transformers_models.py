@@ -38,7 +38,18 @@ from torch import Tensor, nn
 
 import nsc_merge
 from bench.merging.cost_rows import environment
-from bench.sweeps.beside_peft import apart, config_of, outputs, passed_over, together, write_adapter
+from bench.sweeps.beside_peft import (
+    METHODS,
+    apart,
+    attempt,
+    config_of,
+    line,
+    outputs,
+    passed_over,
+    run,
+    together,
+    write_adapter,
+)
 from bench.sweeps.small_models import HEADS, build, classes, limited
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.placement import Placement
@@ -48,11 +59,6 @@ from nsc_merge.results.result import MergeResult
 LONGEST = 180
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 ADAPTERS = ("linears", "dora", "bias", "embeddings", "experts")
-METHODS: dict[str, dict[str, Any]] = {
-    "nsc": {"steps": 2, "compile": False, "progress": False},
-    "match": {"steps": 2, "warm_up": 0, "progress": False},
-    "distill": {"steps": 2, "warm_up": 0, "progress": False},
-}
 
 
 def row_of(kind: str, name: str, heads: str, adapter: str, methods: bool) -> dict[str, Any]:
@@ -61,14 +67,14 @@ def row_of(kind: str, name: str, heads: str, adapter: str, methods: bool) -> dic
     try:
         model, batch = build(kind, name, heads)
     except Exception as error:
-        return {**found, "error": _line(error)}
+        return {**found, "error": line(error)}
     found["parameters"] = sum(value.numel() for value in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         try:
             with limited(LONGEST):
                 found.update(_checks(model, batch, Path(folder), adapter, methods))
         except Exception as error:
-            found["error"] = _line(error)
+            found["error"] = line(error)
     return found
 
 
@@ -90,12 +96,13 @@ def _checks(
         task: write_adapter(model, folder / task, seed, r=rank, **targets)
         for seed, (task, rank) in enumerate(ranks.items())
     }
-    result = _try(found, "merge", lambda: nsc_merge.merge(model, folders, method="task_arithmetic", scale=scale))
+    result = attempt(found, "merge", lambda: nsc_merge.merge(model, folders, method="task_arithmetic", scale=scale))
     if result is not None:
         found["modules"] = len(result.paths)
         _compare(found, model, batch, result, folder, folders, scale)
+    data = {task: [_alike(batch, seed)] for seed, task in enumerate(folders)}
     for method in METHODS if methods else ():
-        _try(found, method, functools.partial(_run, found, method, model, batch, folders), keep=True)
+        attempt(found, method, functools.partial(run, found, method, model, folders, data), keep=True)
     return found
 
 
@@ -122,20 +129,8 @@ def _compare(
         "lora": lambda: peft.PeftModel.from_pretrained(copy.deepcopy(model), str(result.save(folder / "lora", "lora"))),
     }
     for name, way in ways.items():
-        _try(found, name, lambda way=way: apart(outputs(way(), batch, dtype), expected, base), keep=True)  # type: ignore[misc]
-    _try(found, "files", lambda: _files(folder, folders), keep=True)
-
-
-def _run(
-    found: dict[str, Any], method: str, model: nn.Module, batch: dict[str, Tensor], folders: dict[str, Path]
-) -> str:
-    """Two steps of a method, each task with a batch of its own."""
-    data = {task: [_alike(batch, seed)] for seed, task in enumerate(folders)}
-    done = nsc_merge.merge(model, folders, data, method, **METHODS[method])
-    if method == "nsc":
-        found["measured"] = done.options["scored"]
-    values = {value for row in done.coefficients.values() for value in row.values()}
-    return "ran" if len(values) > 1 else "no coefficient moved"
+        attempt(found, name, lambda way=way: apart(outputs(way(), batch, dtype), expected, base), keep=True)  # type: ignore[misc]
+    attempt(found, "files", lambda: _files(folder, folders), keep=True)
 
 
 def _alike(batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -163,21 +158,6 @@ def _files(folder: Path, folders: dict[str, Path]) -> str:
         return f"other files: {names}"
     unlike = [name for name in names[0] if (outs[0] / name).read_bytes() != (outs[1] / name).read_bytes()]
     return f"unlike: {unlike}" if unlike else "same"
-
-
-def _try(found: dict[str, Any], what: str, action: Callable[[], Any], keep: bool = False) -> Any:
-    try:
-        value = action()
-    except Exception as error:
-        found[what] = _line(error)
-        return None
-    if keep:
-        found[what] = value
-    return value
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:400]
 
 
 def main(arguments: list[str] | None = None) -> None:
