@@ -15,12 +15,12 @@ from nsc_merge.calibration.batches import naming_inputs
 from nsc_merge.evaluation.scoring import applied
 from nsc_merge.models.attachment import attach
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.families import family_of, scored_paths
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.forward_contexts import evaluating
 from nsc_merge.models.own_base import linears_of, own_base
 from nsc_merge.models.real_tokens import RealTokens, positions_first
+from nsc_merge.models.traits import has_image_token
 from nsc_merge.results.result import MergeResult
 
 

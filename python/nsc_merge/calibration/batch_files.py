@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nsc_merge.calibration.batches import MASK, other_mask, rows_without_tokens
 from nsc_merge.calibration.on_disk import Keep, in_memory
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.models.block_finding import input_embeddings
+from nsc_merge.models.traits import input_embeddings
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import CheckedFile, read_checked
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nsc_merge.calibration.batches import Batch
-from nsc_merge.models.block_finding import image_token_of
 from nsc_merge.models.families import Family
+from nsc_merge.models.traits import image_token_of
 
 MODALITIES = ("joint", "text", "image")
 # Of which kind each token is, as Gemma 3, PaliGemma and Qwen-VL are told.

@@ -33,7 +33,6 @@ from nsc_merge.descent.tower_cache import TowerCache
 from nsc_merge.models.attachment import is_computed_with, refuse_unseen
 from nsc_merge.models.bases.quantised import is_linear
 from nsc_merge.models.bases.sharded import gathers_for_backward, has_units_inside, is_unit, reshard
-from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.forward_contexts import (
     Ended,
     blocks_without,
@@ -46,6 +45,7 @@ from nsc_merge.models.forward_contexts import (
 )
 from nsc_merge.models.merged.folded_linear import Folded, can_fold
 from nsc_merge.models.merged.measured_linear import MeasuredLoRALinear
+from nsc_merge.models.traits import places_of
 from nsc_merge.processes.group import current
 from nsc_merge.utils.memory import free_memory
 

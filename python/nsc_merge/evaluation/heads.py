@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nsc_merge.evaluation.metrics import IGNORE
 from nsc_merge.methods.task_outputs import output_in
-from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.other_values import other_values
 from nsc_merge.models.real_tokens import at_positions, mask_named
+from nsc_merge.models.traits import encodes
 from nsc_merge.utils.errors import naming
 from nsc_merge.utils.safetensors_checks import read_safetensors
 

@@ -27,9 +27,9 @@ from nsc_merge.evaluation.rows.labelled_data import padded_behind, read_labelled
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.loading import load_model
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import encodes, hears
 from nsc_merge.models.fitting import fit
 from nsc_merge.models.own_base import own_base
+from nsc_merge.models.traits import encodes, hears
 from nsc_merge.recipes.calibration_keys import CalibrationSource
 from nsc_merge.recipes.inputs import calibration_from, read_adapter
 from nsc_merge.recipes.preflight import check_placement

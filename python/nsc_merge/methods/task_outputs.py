@@ -15,10 +15,10 @@ from nsc_merge.adapters import Adapter
 from nsc_merge.calibration.batches import MASK, Batch
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.models.bases.stored_weights import is_dtensor
-from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.embeddings.files import modules_of
 from nsc_merge.models.families import Family, plain_family
 from nsc_merge.models.real_tokens import at_positions, of_tokens
+from nsc_merge.models.traits import classifiers
 
 POSITIONS = ("all", "last")
 # What outputs of transformers' models call logits, and values that are all that a model predicts.

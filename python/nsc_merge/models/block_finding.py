@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Collection, Mapping
@@ -10,22 +9,32 @@ from typing import Any
 
 from torch import nn
 
+from nsc_merge.models.traits import (
+    arguments,
+    asked,
+    generates,
+    has_two_towers,
+    has_vision_and_text,
+    is_causal,
+    main_input,
+    needed,
+)
+
 # Names of what is measured, best first: a projection of values alone, one of queries, keys and values in one weight,
 # and what leaves the attention.
 VALUES: tuple[str, ...] = ("v_proj", "value", "v", "value_proj", "v_lin", "to_v", "to_value", "v_head", "linear_v")
-VALUES += ("Wv", "projection_value", "v_proj_current")
+VALUES += ("Wv", "projection_value", "v_proj_current", "self_attn_value_proj")
 PACKED: tuple[str, ...] = ("qkv_proj", "query_key_value", "qkv", "Wqkv", "c_attn", "in_proj", "qkv_projection")
 # With keys alone those of latent attention, as DeepSeek's.
 PACKED += ("to_qkv", "to_qkv_mlp_proj", "queries_keys_values", "kv_b_proj", "kv_a_proj_with_mqa", "kv_proj")
 OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
+# What chooses experts has a projection, too, as Gemma 4's.
+_ROUTES = re.compile(r"(?i)rout")
 # Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks. diffusers'
 # second of a block is one to the prompt, unless it says otherwise; what is of the sound beside a video is called so.
 _CROSS = re.compile(r"(?i)cross|encoder_attn|encoder_decoder_att|EncDecAttention|\battn2\b|\baudio_|_to_audio_")
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 REDUCES = "_get_feature_vector_attention_mask"
-# Inputs of audio beside text, and what configurations call the token that stands in the text for it.
-AUDIO = ("input_features", "input_values", "audio_input_features")
-_HEARD = ("audio_token_id", "audio_token_index")
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "video_model")
 
 
@@ -60,9 +69,9 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     if not lists:
         return None
     config: Any = getattr(model, "config", None)
-    towers = has_two_towers(config) and not _generates(model, config)
+    towers = has_two_towers(config) and not generates(model, config)
     # What the model calls its decoder, if that is a part of it.
-    decoder = "" if towers else _beneath(model, _asked(model, "get_decoder"))
+    decoder = "" if towers else _beneath(model, asked(model, "get_decoder"))
     inside = {path: size for path, size in lists.items() if decoder and path.startswith(decoder)}
     lists = inside or lists
     lists = {path: size for path, size in lists.items() if not _projects(model.get_submodule(path))} or lists
@@ -76,7 +85,7 @@ def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[
     else:
         # Of several as long as each other, the decoder's comes last, and a UNet's convolutions behind its attention.
         longest = _longest(lists)
-        chosen = ([path for path in longest if _attends(path, counted)] or longest)[-1:]
+        chosen = ([path for path in longest if _attends(model, path, counted)] or longest)[-1:]
     called = _called(model.get_submodule(chosen[0]))
     block = rf"^(?:{'|'.join(map(re.escape, chosen))})\.{re.escape(called or '')}(\d+)\."
     return {
@@ -110,9 +119,11 @@ def _projects(blocks: nn.Module) -> bool:
     return all(sum(map(_is_linear, one.modules())) == 1 for one in blocks.children())
 
 
-def _attends(blocks: str, counted: Collection[str]) -> bool:
-    inside = (_role(path) for path in counted if path.startswith(f"{blocks}."))
-    return any(name in (*VALUES, *PACKED, *OUTPUTS) for name in inside)
+def _attends(model: nn.Module, blocks: str, counted: Collection[str]) -> bool:
+    """Whether blocks have an attention to their own sequence; Idefics has a list of blocks that read images alone."""
+    inside = (path for path in counted if path.startswith(f"{blocks}."))
+    own = (_role(path) for path in inside if not _crosses(model, path, path.removeprefix(f"{blocks}.")))
+    return any(name in (*VALUES, *PACKED, *OUTPUTS) for name in own)
 
 
 def _role(path: str) -> str:
@@ -163,7 +174,7 @@ def _scored(model: nn.Module, block: str, counted: Collection[str]) -> tuple[str
     own = [name for name in reversed(within) if not _crosses(model, within[name], name)] or list(reversed(within))
     ranked: dict[str, None] = {}
     for names in (VALUES, PACKED, OUTPUTS):
-        ranked.update(dict.fromkeys(path for path in own if _role(path) in names))
+        ranked.update(dict.fromkeys(path for path in own if _role(path) in names and not _ROUTES.search(path)))
     ranked.update(dict.fromkeys(own))
     return tuple(ranked)
 
@@ -177,31 +188,36 @@ def _crosses(model: nn.Module, path: str, name: str) -> bool:
 
 def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
     """What the inputs of the blocks at ``blocks`` are called."""
-    main = getattr(model, "main_input_name", None) if config is not None else None
-    taken = _arguments(model) if config is not None else []
+    main = main_input(model) if config is not None else None
+    taken = arguments(model) if config is not None else []
     trunk = getattr(model, "base_model", model)
     tower = next((name for name in _TOWERS if isinstance(getattr(trunk, name, None), nn.Module)), None)
     # Where the trunk takes other inputs than the model, as the encoder of DINOv3 and the decoder of SpeechT5 do, or
     # needs more of them, as TimesFM's does, the model has no head.
-    reads = {*_arguments(trunk)}
-    alone = main is None or ({main, *({"decoder_input_ids"} & {*taken})} <= reads and _needed(trunk) <= {*taken, main})
-    prefill = "base_model" if alone else ""
+    reads = {*arguments(trunk)}
+    alone = main is None or ({main, *({"decoder_input_ids"} & {*taken})} <= reads and needed(trunk) <= {*taken, main})
+    # What retrieves answers by embeddings, and ColQwen2 changes what it hands its trunk.
+    prefill = "base_model" if alone and "ForRetrieval" not in type(model).__name__ else ""
     if trunk is model:
         prefill = _model_within(model) or prefill
-    if has_two_towers(config) and not _generates(model, config):
+    if has_two_towers(config) and not generates(model, config):
         mask = "attention_mask" if "attention_mask" in taken else None
         unmasked = tower and f"{_beneath(model, trunk)}{tower}"
         return {"recipe": "vision", "prefill": prefill, "causal": False, "mask": mask, "unmasked": unmasked}
     sees = main == "pixel_values" and "input_ids" not in taken
     # Of a text, behind an encoder of images too; not of queries, as DETR's.
-    if getattr(config, "is_encoder_decoder", False) and not (sees and "decoder_input_ids" not in taken):
+    decoder = asked(model, "get_decoder")
+    # DiffusionGemma's writes a canvas beside the text, and is no decoder by its configuration.
+    writes = getattr(config, "is_encoder_decoder", False)
+    canvas = not writes and decoder not in (None, model, trunk) and "decoder_input_ids" in arguments(decoder)
+    if (writes or canvas) and not (sees and "decoder_input_ids" not in taken):
         decodes = re.search(r"(^|[._])decoder\.", f"{blocks}.") is not None
         prefix = "decoder_" if decodes else ""
         tokens, mask = f"{prefix}input_ids", f"{prefix}attention_mask"
         return {
             "recipe": "vision" if sees and not decodes else "llm",
             "prefill": prefill,
-            "causal": decodes,
+            "causal": decodes and writes,
             "tokens": tokens if tokens in taken else None,
             "mask": mask if mask in taken else None,
         }
@@ -217,11 +233,12 @@ def _inputs(model: nn.Module, config: Any, blocks: str) -> dict[str, Any]:
             "causal": False,
             "mask": mask,
         }
-    images = tuple(name for name in taken if re.match(r"(pixel|image|video)_", name)) if tower or _sees(config) else ()
+    seen = tower or has_vision_and_text(config)
+    images = tuple(name for name in taken if re.match(r"(pixel|image|video)_", name)) if seen else ()
     return {
         "recipe": "vlm" if images else "llm",
         "prefill": prefill,
-        "causal": _is_causal(model, config),
+        "causal": is_causal(model, config),
         "frozen_prefix": tower if images and not f"{blocks}.".startswith(f"{tower}.") else None,
         "tokens": "input_ids",
         "mask": "attention_mask" if "attention_mask" in taken else None,
@@ -239,112 +256,24 @@ def trunk_of(model: nn.Module, name: str = "base_model") -> nn.Module:
 
 
 def _model_within(model: nn.Module) -> str | None:
-    """Name of what a model answers by: a backbone, or the one model that it is around, if that takes what it does."""
-    if not re.search(r"For[A-Z]", type(model).__name__):
+    """Name of what a model answers by: a backbone, or the one model that it is around, if that takes what it does and
+    is most of it, which the detector in front of LightGlue is not. Those for retrieval answer by embeddings of their
+    own.
+    """
+    if not re.search(r"For(?!Retrieval)[A-Z]", type(model).__name__):
         return None
     if isinstance(getattr(model, "backbone", None), nn.Module):
         return "backbone"
     models = {name: part for name, part in model.named_children() if hasattr(part, "main_input_name")}
-    main = getattr(model, "main_input_name", None)
-    return next((name for name, part in models.items() if len(models) == 1 and main in _arguments(part)), None)
+    main = main_input(model)
+    found = [name for name, part in models.items() if main in arguments(part) and 2 * _size(part) > _size(model)]
+    return found[0] if len(models) == len(found) == 1 else None
 
 
-def type_of(model: nn.Module) -> str:
-    """What transformers calls the kind of a model, ``config.model_type``; nothing where it does not say."""
-    return str(getattr(getattr(model, "config", None), "model_type", ""))
+def _size(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
 
 
 def _beneath(model: nn.Module, part: nn.Module | None) -> str:
     """What paths of what is in a part of the model begin with."""
     return next((f"{path}." for path, module in model.named_modules() if path and module is part), "")
-
-
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
-
-
-def _needed(module: nn.Module) -> set[str]:
-    """The arguments that a forward does not do without."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    given = inspect.signature(module.forward).parameters.values()
-    return {one.name for one in given if one.kind in kinds and one.default is inspect.Parameter.empty}
-
-
-def _generates(model: nn.Module, config: Any) -> bool:
-    return bool(getattr(config, "is_decoder", False) or getattr(model, "can_generate", lambda: False)())
-
-
-def _is_causal(model: nn.Module, config: Any) -> bool:
-    """Whether it predicts the next token: generates, or has attention that says so."""
-    attends = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    return _generates(model, config) or _sees(config) or attends
-
-
-def _sees(config: Any) -> bool:
-    return hasattr(config, "vision_config") and hasattr(config, "text_config")
-
-
-def has_two_towers(config: Any) -> bool:
-    """Whether text and images are read side by side, without a token that stands for an image in the text."""
-    return _sees(config) and not has_image_token(config)
-
-
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The embeddings of a model's tokens, where it says so."""
-    return _asked(model, "get_input_embeddings")
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """What makes logits of the last hidden state, where the model says so."""
-    return _asked(model, "get_output_embeddings")
-
-
-def classifiers(model: nn.Module) -> list[nn.Module]:
-    """What makes logits of the last features, where a model of timm, or a part of the model, says so; distilled ones
-    have two.
-    """
-    found = [_answer(module, "get_classifier") for module in model.modules()]
-    parts = [part for one in found for part in (one if isinstance(one, (tuple, list)) else [one])]
-    return [part for part in parts if isinstance(part, nn.Module)]
-
-
-def _asked(model: nn.Module, method: str) -> nn.Module | None:
-    part = _answer(model, method)
-    return part if isinstance(part, nn.Module) else None
-
-
-def _answer(model: nn.Module, method: str) -> Any:
-    try:
-        return getattr(model, method, lambda: None)()
-    except (AttributeError, NotImplementedError, TypeError):
-        # Those of transformers that have no such part may raise; others may mean something else by the name.
-        return None
-
-
-def encodes(model: nn.Module) -> bool:
-    """Whether an encoder reads the inputs, and a decoder writes from a start of its own (T5, BART, Whisper)."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def has_image_token(config: Any) -> bool:
-    """Whether a token of the text says where an image is."""
-    return any(hasattr(config, name) for name in ("image_token_id", "image_token_index"))
-
-
-def hears(model: nn.Module) -> bool:
-    """Whether a model says a token, or a blank, of every frame (CTC)."""
-    return any(kind.__name__.endswith("ForCTC") for kind in type(model).__mro__)
-
-
-def image_token_of(model: nn.Module) -> int | None:
-    """The token of a text that says where an image is."""
-    return getattr(getattr(model, "config", None), "image_token_id", None)
-
-
-def places_of(model: nn.Module) -> dict[str, int]:
-    """Input of images or audio -> the token of a text that says where one is."""
-    config = getattr(model, "config", None)
-    heard = next((token for name in _HEARD if (token := getattr(config, name, None)) is not None), None)
-    places = {"pixel_values": image_token_of(model), **dict.fromkeys(AUDIO, heard)}
-    return {name: token for name, token in places.items() if token is not None}
-

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters.adapter import name_of
-from nsc_merge.models.block_finding import described, type_of
+from nsc_merge.models.block_finding import described
+from nsc_merge.models.traits import type_of
 from nsc_merge.utils.option_checks import check_names
 
 
@@ -252,6 +253,16 @@ def family_said(family: Family) -> str:
     )
 
 
+def _is_called(model: nn.Module, path: str, names: Iterable[str]) -> bool:
+    """Whether a path ends in one of these names, or makes the values there: a projection of keys beside which that of
+    values is None, as in the global attention of Gemma 4, which takes its keys for values.
+    """
+    ends = tuple(f".{name}" for name in names)
+    above, _, last = path.rpartition(".")
+    keys = last == "k_proj" and getattr(model.get_submodule(above), "v_proj", model) is None
+    return path.endswith(ends) or (keys and f".{above}.v_proj".endswith(ends))
+
+
 def scored_paths(
     family: Family,
     model: nn.Module,
@@ -264,7 +275,7 @@ def scored_paths(
     Args:
         adapted: paths of all linears that carry an adapter.
         score_modules: last components or ends of the paths; the first of the family's that occurs in a list of blocks
-            when None.
+            when None. ``v_proj`` is also the ``k_proj`` of a layer whose keys are its values.
         score_blocks: ``"last_quarter"`` (rounded up), how many last blocks, or block numbers.
 
     Raises:
@@ -314,7 +325,7 @@ def scored_paths(
     # Two towers may call the same thing by other names, as Chinese CLIP's do.
     for begin in blocks:
         here = [path for path in inside if path.startswith(begin)]
-        picks = ([path for path in here if path.endswith(tuple(f".{name}" for name in names))] for names in choices)
+        picks = ([path for path in here if _is_called(model, path, names)] for names in choices)
         chosen.update(next((pick for pick in picks if pick), []))
     if chosen:
         return [path for path in inside if path in chosen]

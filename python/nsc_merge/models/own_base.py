@@ -18,8 +18,8 @@ from nsc_merge.models.bases.stored_weights import is_plain, offloading, sharing
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.merged.matrices import matrix_at
-from nsc_merge.models.tied_weights import configs_to_untie
 from nsc_merge.models.trained_in_full import is_unchanged
+from nsc_merge.models.traits import configs_to_untie, input_embeddings
 
 # On a copy: what it shares tensors with, and its own number, which a copy of the copy lacks.
 _COPY_OF = "_nsc_merge_copy_of"
@@ -144,7 +144,7 @@ def with_weights_apart(model: nn.Module, groups: Collection[tuple[str, ...]]) ->
 
 def with_rows_everywhere(adapter: Adapter, groups: Collection[tuple[str, ...]], model: Any) -> Adapter:
     """An adapter whose rows of tokens in the embeddings are those of all that ``groups`` tie to these."""
-    embeddings = model.get_input_embeddings()
+    embeddings = input_embeddings(model)
     source = next((path for path in adapter.token_rows if model.get_submodule(path) is embeddings), None)
     if source is None:
         return adapter

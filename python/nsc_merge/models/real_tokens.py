@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nsc_merge.models.block_finding import REDUCES, encodes, type_of
+from nsc_merge.models.block_finding import REDUCES
 from nsc_merge.models.families import find_family
+from nsc_merge.models.traits import encodes, type_of
 
 _SIDE = re.compile(r"(?:^|[._])(encoder|decoder)(?:\.|$)")
 # Keys and values of an attention to another sequence: T5, BART and those like it, ProphetNet, BERT as a decoder.

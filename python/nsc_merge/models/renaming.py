@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.families import FAMILIES, Family
+from nsc_merge.models.traits import type_of
 
 # No map of transformers has these: its own release 4 kept vision and language beside each other, a language model under
 # its head; and an adapter of the language model alone knows nothing of what is around it.

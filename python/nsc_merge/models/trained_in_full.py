@@ -12,9 +12,8 @@ from nsc_merge.adapters import Adapter, Factor
 from nsc_merge.adapters.adapter import TokenRows
 from nsc_merge.models.bases.quantised import Linear, is_linear, is_quantised, stored_or_dequantised
 from nsc_merge.models.bases.stored_weights import numbers_of
-from nsc_merge.models.block_finding import classifiers, input_embeddings, output_embeddings
 from nsc_merge.models.merged.whole import site_of
-from nsc_merge.models.tied_weights import configs_to_untie
+from nsc_merge.models.traits import classifiers, configs_to_untie, input_embeddings, output_embeddings
 
 # Embeddings and heads as PEFT knows them by name.
 _SAVED = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.bases.stored_weights import sharing
-from nsc_merge.models.block_finding import input_embeddings, output_embeddings
 from nsc_merge.models.fitting import renamed
 from nsc_merge.models.own_base import can_be_copied, sharing_tensors, with_rows_everywhere, with_weights_apart
 from nsc_merge.models.trained_in_full import base_value
+from nsc_merge.models.traits import input_embeddings, output_embeddings
 
 ADDED_TOKENS = ("refuse", "mean", "first", "base")
 # On the base: paths of the embedding and head that have more rows than the model that was handed over.

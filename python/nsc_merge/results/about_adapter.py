@@ -9,7 +9,7 @@ from typing import Any
 
 from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.sharded import class_name, own_class
-from nsc_merge.models.block_finding import type_of
+from nsc_merge.models.traits import type_of
 from nsc_merge.results.merged_update import MergedUpdate
 from nsc_merge.utils.option_checks import is_hub_id
 

@@ -30,7 +30,7 @@ from nsc_merge.commands.main import main
 from nsc_merge.evaluation.eval_recipe_reader import load_eval_recipe
 from nsc_merge.evaluation.heads import CTCHead
 from nsc_merge.evaluation.suite import RecipeSuite
-from nsc_merge.models.block_finding import hears
+from nsc_merge.models.traits import hears
 
 pytestmark = pytest.mark.usefixtures("offline")
 

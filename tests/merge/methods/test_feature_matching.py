@@ -110,20 +110,29 @@ def test_a_trunk_whose_decoder_takes_other_inputs_is_run_by_its_model():
     assert loss() == pytest.approx(loss(features=["speecht5.decoder.wrapped_decoder"]), rel=1e-5)
 
 
-def test_a_model_around_another_is_matched_at_modules_that_are_named(tmp_path):
+def test_a_model_around_another_is_matched_before_its_head_or_at_modules_that_are_named(tmp_path):
     base, _, calibration = llama(tmp_path)
     model = Around(base)
     adapters = one_module(model, "layers.0.self_attn.v_proj", 16)
     settings = {"steps": 1, "progress": False}
-    with pytest.raises(ValueError, match="features: 'final' is the last hidden state, and Around gives logits alone"):
-        nsc_merge.merge(model, adapters, calibration, "match", **settings)
+    final = nsc_merge.merge(model, adapters, calibration, "match", positions="all", **settings)
     around = nsc_merge.merge(model, adapters, calibration, "match", features=["inside.model.norm"], **settings)
+    assert final.history[0]["loss"] == around.history[0]["loss"]
     inside = {
         task: nsc_merge.Adapter(task, {path.removeprefix("inside."): one for path, one in adapter.factors.items()})
         for task, adapter in adapters.items()
     }
     alone = nsc_merge.merge(base, inside, calibration, "match", positions="all", **settings)
     assert around.history[0]["loss"] == pytest.approx(alone.history[0]["loss"], rel=1e-5)
+
+
+def test_what_gives_logits_and_has_no_head_of_tokens_is_matched_at_modules_that_are_named(tmp_path):
+    base, _, calibration = llama(tmp_path)
+    base.get_output_embeddings = lambda: None
+    model = Around(base)
+    adapters = one_module(model, "layers.0.self_attn.v_proj", 16)
+    with pytest.raises(ValueError, match="features: 'final' is the last hidden state, and Around gives logits alone"):
+        nsc_merge.merge(model, adapters, calibration, "match", steps=1, progress=False)
 
 
 def test_match_gradient_by_finite_differences(model, folders, calibration):

@@ -14,7 +14,7 @@ from torch import nn
 from nsc_merge.calibration.forward_passes import Pass
 from nsc_merge.methods import Problem
 from nsc_merge.methods.gradient.own_answers import Writing, end_tokens, writing_after
-from nsc_merge.models.block_finding import places_of
+from nsc_merge.models.traits import places_of
 
 
 def generated(model, batch, most):

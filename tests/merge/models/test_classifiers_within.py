@@ -17,8 +17,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import nsc_merge
 from nsc_merge.calibration.raw.preprocessors import Base, image_processor_of
 from nsc_merge.calibration.raw.settings import DataSettings
-from nsc_merge.models.block_finding import classifiers
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.traits import classifiers
 from nsc_merge.recipes.first import findings
 from nsc_merge.results.beside.preprocessing import preprocessing_notes
 

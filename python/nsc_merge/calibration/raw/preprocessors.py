@@ -9,7 +9,7 @@ from typing import Any
 
 from nsc_merge.calibration.raw.settings import DataSettings
 from nsc_merge.models.bases.architecture import architecture_of
-from nsc_merge.models.block_finding import AUDIO, has_two_towers
+from nsc_merge.models.traits import AUDIO, has_two_towers
 from nsc_merge.utils.errors import hub_problem
 from nsc_merge.utils.option_checks import is_hub_id
 

@@ -27,8 +27,8 @@ from nsc_merge.methods.gradient.task_models import Kept, OwnModels
 from nsc_merge.methods.method import Method, Problem
 from nsc_merge.methods.task_outputs import POSITIONS
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.families import Family, check_family
+from nsc_merge.models.traits import places_of
 from nsc_merge.processes.group import current
 from nsc_merge.results.result import MergeResult
 from nsc_merge.utils.errors import FoundByAll

@@ -18,10 +18,11 @@ from nsc_merge.methods.task_outputs import beside, labels_positions, last_token,
 from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.sharded import class_name, gathers_for_backward, output_of
-from nsc_merge.models.block_finding import classifiers, encodes, output_embeddings, trunk_of
+from nsc_merge.models.block_finding import trunk_of
 from nsc_merge.models.families import Family, family_of, find_family, scored_paths
 from nsc_merge.models.forward_contexts import recomputing
 from nsc_merge.models.real_tokens import at_positions, mask_named, of_tokens, positions_first, rereads, without_heads
+from nsc_merge.models.traits import classifiers, encodes, output_embeddings
 
 # Under which the input of the model's head is kept; no path of a module is empty but the model's own.
 _HEAD = ""
@@ -146,7 +147,7 @@ class Watcher:
                 stack.callback(hook.remove)
             head = None
             if self._places is None:
-                whole = output_embeddings(self._model) if self._trunk is self._model else None
+                whole = _head_of(self._model) if self._trunk is self._model else None
                 head = next(iter(classifiers(self._trunk)), None) if whole is None else whole
             if head is not None:
                 # Of T5, timm's and others nothing else ends in front of the head.
@@ -186,6 +187,11 @@ class Watcher:
         """``[K]``, over the modules that each adapter touches; 0 where there is none."""
         touched = torch.stack([self._touched[path] for path in ratios]).to(next(iter(ratios.values())))
         return (torch.stack(list(ratios.values())) * touched).sum(0) / touched.sum(0).clamp(min=1)
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    """What makes logits of tokens, as the model says or the language model in it."""
+    return next((head for part in (model, *model.children()) if (head := output_embeddings(part)) is not None), None)
 
 
 def _final(output: Any, trunk: nn.Module, one: Pass) -> Tensor:

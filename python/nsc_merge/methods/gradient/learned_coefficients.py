@@ -22,8 +22,8 @@ from nsc_merge.models import attachment
 from nsc_merge.models.attachment import adapted_linears, attach
 from nsc_merge.models.bases.quantised import check_gradients
 from nsc_merge.models.bases.stored_weights import input_device
-from nsc_merge.models.block_finding import places_of
 from nsc_merge.models.forward_contexts import evaluating, recomputed, without_key_value_cache
+from nsc_merge.models.traits import places_of
 from nsc_merge.results.result import MergeResult
 
 # What the objective of a task is called in the history.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from nsc_merge.calibration.forward_passes import Pass
-from nsc_merge.models.block_finding import places_of, type_of
 from nsc_merge.models.families import Family
+from nsc_merge.models.traits import places_of, type_of
 from nsc_merge.processes.group import current
 from nsc_merge.utils.option_checks import check_count
 

@@ -17,8 +17,8 @@ from nsc_merge.adapters.adapter import WRAPPER, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.formats.parameter_stacks import matrices_of
 from nsc_merge.adapters.peft_keys import PREFIX
 from nsc_merge.models.bases.quantised import is_linear
-from nsc_merge.models.block_finding import type_of
 from nsc_merge.models.merged.matrices import Matrix, matrix_at, module_at
+from nsc_merge.models.traits import type_of
 
 
 def updates_of_stacks(

@@ -16,10 +16,11 @@ from nsc_merge.methods import METHODS, Method, method_of
 from nsc_merge.models.attachment import merged_linears
 from nsc_merge.models.bases.architecture import architecture_of, outline_of, quantised_as
 from nsc_merge.models.bases.placement import device_of
-from nsc_merge.models.block_finding import classifiers, output_embeddings, trunk_of
+from nsc_merge.models.block_finding import trunk_of
 from nsc_merge.models.embeddings.files import Texts, in_folder, on_hub, texts_of
 from nsc_merge.models.families import Family, find_family, scored_paths
 from nsc_merge.models.fitting import fit
+from nsc_merge.models.traits import classifiers, output_embeddings
 from nsc_merge.recipes.first.data import Data, sources
 from nsc_merge.recipes.first.looking import look
 from nsc_merge.recipes.first.tasks import Task, find_tasks

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nsc_merge.adapters.folder_about import class_names
-from nsc_merge.models.block_finding import encodes, hears
+from nsc_merge.models.traits import encodes, hears
 from nsc_merge.recipes.first.findings import Findings
 from nsc_merge.recipes.first.tasks import Task
 from nsc_merge.recipes.yaml_keys import RecipeError

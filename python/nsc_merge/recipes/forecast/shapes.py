@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from nsc_merge.adapters import Adapter
 from nsc_merge.models.attachment import adapted_linears, measurable
 from nsc_merge.models.bases.stored_weights import FLOATS
-from nsc_merge.models.block_finding import blocks_of, input_embeddings, output_embeddings
+from nsc_merge.models.block_finding import blocks_of
 from nsc_merge.models.families import Family, family_of, scored_paths
 from nsc_merge.models.merged.folded_linear import should_fold
 from nsc_merge.models.merged.whole import Site
+from nsc_merge.models.traits import input_embeddings, output_embeddings
 from nsc_merge.recipes.forecast.estimate import LINEARS, Work, block
 
 # Last part of a linear's path -> what it is in the block.

@@ -10,8 +10,8 @@ from typing import Any
 from nsc_merge.adapters.folder_about import license_beside
 from nsc_merge.models.bases.placement import PLAIN
 from nsc_merge.models.bases.sharded import class_name
-from nsc_merge.models.block_finding import has_image_token
 from nsc_merge.models.fitting import absent
+from nsc_merge.models.traits import has_image_token
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.figures import cell, data_table, tasks_table, truncation_table
 from nsc_merge.results.beside.heads import Head, lacked

@@ -18,7 +18,7 @@ from torch import nn
 from nsc_merge.adapters.hub import snapshot_of
 from nsc_merge.models.bases.loading import base_files, base_name, commit_of
 from nsc_merge.models.bases.sharded import own_class
-from nsc_merge.models.block_finding import type_of
+from nsc_merge.models.traits import type_of
 from nsc_merge.models.vocabulary import grown_modules
 from nsc_merge.results.beside.serving.older_keys import keep_older_keys
 from nsc_merge.results.beside.serving.sentence_modules import (

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from nsc_merge.adapters import Factor
-from nsc_merge.models.block_finding import encodes
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import matrix_at
 from nsc_merge.models.merged.stacks import lost_by_peft
+from nsc_merge.models.traits import encodes
 from nsc_merge.results.beside.serving import lorax, sglang, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, LANGUAGE_MODEL
 from nsc_merge.results.merged_update import MergedUpdate, by_task

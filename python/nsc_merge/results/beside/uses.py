@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import NamedTuple
 
-from nsc_merge.models.block_finding import AUDIO
+from nsc_merge.models.traits import AUDIO
 
 
 class Use(NamedTuple):
