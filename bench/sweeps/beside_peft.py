@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import nsc_merge
 
+# Of the largest difference that the adapters make, in float64 with adapters in float32.
+EQUAL = 1e-5
 METHODS: dict[str, dict[str, Any]] = {
     "nsc": {"steps": 2, "compile": False, "progress": False},
     "match": {"steps": 2, "warm_up": 0, "progress": False},
@@ -88,9 +90,21 @@ def config_of(adapter: str, model: nn.Module, without: list[str]) -> dict[str, A
     return linears
 
 
+def adaptable(model: nn.Module) -> nn.Module:
+    """A copy that PEFT can adapt: it asks for the embeddings of tokens, and those of transformers' detectors that have
+    none raise an error.
+    """
+    own: Any = copy.deepcopy(model)
+    try:
+        own.get_input_embeddings()
+    except NotImplementedError:
+        own.get_input_embeddings = nn.Identity
+    return own
+
+
 def write_adapter(model: nn.Module, folder: Path, seed: int, **config: Any) -> Path:
     """A PEFT folder with random numbers in all that PEFT would train."""
-    held = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
+    held = peft.get_peft_model(adaptable(model), peft.LoraConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in held.named_parameters():
@@ -108,7 +122,7 @@ def together(model: nn.Module, folders: dict[str, Path], scale: float) -> nn.Mod
     The numbers are put into it here: PEFT itself treats some tensors' names as transformers treats those of older
     checkpoints when it loads an adapter, and loses them.
     """
-    held: Any = copy.deepcopy(model)
+    held: Any = adaptable(model)
     for task, folder in folders.items():
         config = peft.PeftConfig.from_pretrained(str(folder))
         held = held if isinstance(held, peft.PeftModel) else peft.get_peft_model(held, config, adapter_name=task)
@@ -127,23 +141,44 @@ def together(model: nn.Module, folders: dict[str, Path], scale: float) -> nn.Mod
     return held
 
 
-def passed_over(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
-    """Linears that PEFT cannot adapt: a forward does not call them, as their weight is read past them or not at all, or
-    they return more than a tensor.
-    """
-    paths = {id(part): path for path, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-    called: set[int] = set()
-
-    def note(part: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            called.add(id(part))
-
-    hooks = [part.register_forward_hook(note) for part in model.modules() if id(part) in paths]
+def nudged(model: nn.Module) -> nn.Module:
+    """A copy whose numbers are each another by 1e-7, about the rounding of float32."""
+    own, generator = copy.deepcopy(model).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return [path for part, path in paths.items() if part not in called]
+        for value in own.parameters():
+            value.mul_(1 + 1e-7 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    return own
+
+
+class _Noted(nn.Module):
+    """In the place of a linear, as PEFT puts its own."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.gave_a_tensor = linear, False
+
+    def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__["_modules"]
+        return modules["linear"] if name == "linear" else getattr(modules["linear"], name)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        output = self.linear(*inputs, **named)
+        self.gave_a_tensor = isinstance(output, Tensor)
+        return output
+
+
+def passed_over(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+    """Linears that PEFT cannot adapt: a forward does not call what is in their place, as their weight is read past them
+    or not at all, or the model has them in a list of its own, as Mask2Former's MLPs; or they return more than a tensor.
+    """
+    own = copy.deepcopy(model)
+    paths = [path for path, part in own.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    noted = {path: _Noted(own.get_submodule(path)) for path in paths}
+    for path, one in noted.items():
+        own.set_submodule(path, one)
+    with torch.no_grad():
+        own(**batch)
+    return [path for path, one in noted.items() if not one.gave_a_tensor]
 
 
 def run(
@@ -165,6 +200,8 @@ def attempt(found: dict[str, Any], what: str, action: Callable[[], Any], keep: b
     """What an action gives, in a row too where it is to be kept; of what fails the row has the error's first line."""
     try:
         value = action()
+    except TimeoutError:
+        raise  # of the whole row
     except Exception as error:
         found[what] = line(error)
         return None

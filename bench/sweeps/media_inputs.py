@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from bench.sweeps.own_batches import BATCHES
 from bench.sweeps.small_configs import WIDTH
 
 _COUNTS = (
@@ -37,6 +39,8 @@ def inputs(model: nn.Module, config: Any) -> dict[str, Tensor]:
         batch = _batch(takes, config, places)
         for name, mend in mends.items():
             batch[name] = _MENDS[mend][1](batch[name])
+        if config.model_type in BATCHES:
+            batch = BATCHES[config.model_type](batch, config)
         try:
             with torch.no_grad():
                 model(**batch)
@@ -69,6 +73,7 @@ _MENDS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     (r"cannot be multiplied \(\d+x80 and 320x", lambda value: value.repeat(1, 1, 4)),
     (r"cannot be multiplied \(\d+x80 and 128x", lambda value: value.repeat(1, 1, 2)[..., :128]),
     (r"16x588 and 1176x", lambda value: value.repeat(1, 2)),
+    (r"selected index k out of range", lambda value: interpolate(value, (256, 256))),
 )
 
 
@@ -94,7 +99,8 @@ def _text(
     ids = torch.randint(3, 80, (rows, 7 + places), generator=generator)
     kinds = torch.zeros_like(ids)
     names = _HEARD if any("feature" in name or name == "input_values" for name in seen) else _SEEN
-    token = _number(config, names, None)
+    parts = (config, *(part for _, part in _parts(config)))
+    token = next((found for part in parts if (found := _number(part, names, None)) is not None), None)
     if token is not None and places:
         ids[:, 2 : 2 + places] = token
         kinds[:, 2 : 2 + places] = 1
@@ -152,7 +158,8 @@ def _pictures(takes: Any, config: Any, rows: int, generator: torch.Generator) ->
 
 
 def _sound(takes: Any, config: Any, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
-    ear = next((part for name, part in _parts(config) if "audio" in name or "speech" in name), config)
+    parts = [part for name, part in _parts(config) if re.search(r"audio|speech|encoder", name)]
+    ear = next((part for part in parts if any(hasattr(part, name) for name in _BINS)), config)
     found: dict[str, Tensor] = {}
     if "input_features" in takes:
         bins = _number(ear, _BINS, 80)

@@ -15,6 +15,8 @@ from bench.sweeps import own_media, own_text
 
 VOCABULARY = 200
 WIDTH, HEADS, HEAD = 64, 4, 16
+# What is made smaller: all; the depth, the experts and the vocabulary; nothing but what the type asks for.
+CUTS = ("all", "depth", "none")
 
 # Patterns of whole names, the first that fits, and the value.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -38,35 +40,41 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "en
 _TOKEN = re.compile(r".*(token_id|token_index|_id|_token)$")
 
 
-def small(config: Any, wide: bool = False) -> dict[str, Any]:
+def small(config: Any, cut: str = "all") -> dict[str, Any]:
     """Keywords for the class of a configuration that make its model small.
 
     Args:
         config: a configuration of transformers with its default values.
-        wide: leave its widths; the depth, the experts and the vocabulary are small all the same.
+        cut: one of :data:`CUTS`.
     """
+    parts = {name for name in getattr(config, "sub_configs", {}) if getattr(config, name, None) is not None}
     own = OWN.get(config.model_type, {})
+    found = _smaller_values(config, cut == "all") if cut != "none" else {}
+    found.update({name: _of_part(getattr(config, name), cut) for name in parts})
+    return {**found, **{name: {**found[name], **own[name]} if name in parts else own[name] for name in own}}
+
+
+def _smaller_values(config: Any, narrow: bool) -> dict[str, Any]:
     found = {**_of_layers(config), **_of_tokens(config)}
     for name, value in vars(config).items():
         if name.startswith("_") or name in found or isinstance(value, bool):
             continue
         if isinstance(value, int) and value:
             smaller = _smaller(name, value, config)
-            if smaller is not None and not (wide and smaller in (WIDTH, 16, 8, 96, HEADS) and "expert" not in name):
+            if smaller is not None and (narrow or smaller not in (WIDTH, 16, 8, 96, HEADS) or "expert" in name):
                 found[name] = smaller
         elif name == "depths":
             found[name] = [min(depth, 2) for depth in value]
-        elif name in getattr(config, "sub_configs", {}) and value is not None:
-            found[name] = _of_part(value, wide)
-        elif name == "rope_parameters" and isinstance(value, Mapping) and not wide:
+        elif name == "rope_parameters" and isinstance(value, Mapping) and narrow:
             found[name] = _rope(value)
     if "qk_rope_head_dim" in found and "head_dim" in found:  # of latent attention the rotated part
         found["head_dim"] = found["qk_rope_head_dim"]
-    return {**found, **own}
+    return found
 
 
-def _of_part(part: Any, wide: bool) -> dict[str, Any]:
-    return {"model_type": part.model_type, **small(part, wide)}
+def _of_part(part: Any, cut: str) -> dict[str, Any]:
+    """Of a part as it is also what the model around it sets otherwise than the part's own configuration does."""
+    return {**(part.to_dict() if cut == "none" else {"model_type": part.model_type}), **small(part, cut)}
 
 
 def _smaller(name: str, value: int, config: Any) -> int | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 import torch
@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bench.sweeps import media_inputs, own_media, text_inputs
-from bench.sweeps.small_configs import small
+from bench.sweeps.small_configs import CUTS, small
 
 TEXT = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
 MEDIA = (
@@ -34,7 +34,7 @@ HEADS = {
     "tokens": ("TOKEN_CLASSIFICATION",),
     "questions": ("QUESTION_ANSWERING",),
 }
-LARGEST = 60_000_000
+LARGEST = 100_000_000
 
 
 def classes(heads: str) -> dict[str, str]:
@@ -56,28 +56,28 @@ def _first(name: str | tuple[str, ...]) -> str:
 
 
 def build(kind: str, name: str, heads: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A small model with random numbers and a batch that it computes; with its own widths where it has to.
+    """A small model with random numbers and a batch that it computes, with no more of it cut than it allows.
 
     Raises:
         Exception: of the model, which is its own.
     """
     try:
-        return _built(kind, name, heads, wide=False)
+        return _built(kind, name, heads, CUTS[0])
     except Exception as error:
         first = error
-    try:
-        return _built(kind, name, heads, wide=True)
-    except Exception:
-        raise first from None
+    for cut in CUTS[1:]:
+        with contextlib.suppress(Exception):
+            return _built(kind, name, heads, cut)
+    raise first
 
 
-def _built(kind: str, name: str, heads: str, wide: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+def _built(kind: str, name: str, heads: str, cut: str) -> tuple[nn.Module, dict[str, Tensor]]:
     if kind in own_media.TOO_LARGE:
         raise ValueError("images too large for a sweep")
     make = getattr(transformers, name)
     with limited(90):
         own = make.config_class or CONFIG_MAPPING[kind]
-        config = own(**small(own(), wide))
+        config = own(**small(own(), cut))
         for part in (config, getattr(config, "text_config", config)) if heads != "media" else ():
             if getattr(part, "pad_token_id", None) is None:
                 part.pad_token_id = 0  # which classifiers need, to tell where a text ends
@@ -97,7 +97,7 @@ def _built(kind: str, name: str, heads: str, wide: bool) -> tuple[nn.Module, dic
     return model, batch
 
 
-@contextmanager
+@contextlib.contextmanager
 def limited(seconds: int) -> Iterator[None]:
     """No more than so many seconds for what is inside, a :class:`TimeoutError` else."""
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.sweeps.beside_peft import EQUAL
+
 WAYS = ("applied", "model", "lora")
 METHODS = ("nsc", "match", "distill")
-# Of the largest difference that the adapters make, in float64 with adapters in float32.
-EQUAL = 1e-5
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -32,6 +32,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         if way != "merge":
             lines.append(f"  {way}: {len(equal)} compute what PEFT does")
         lines += [f"    {kind}: {value}" for kind, value in found if kind not in equal]
+    jumps = [(row["type"], row["jumps"]) for row in ran if row.get("jumps", 0) > EQUAL]
+    lines += [f"  PEFT's own moves as far with its numbers by 1e-7: {kind}: {value}" for kind, value in jumps]
     lines.append(f"  files: {sum(row.get('files') == 'same' for row in ran)} the same bytes from files and from memory")
     for method in METHODS:
         counts = Counter(_said(row[method]) for row in ran if method in row)

@@ -35,7 +35,7 @@ _ROUTES = re.compile(r"(?i)rout")
 _CROSS = re.compile(r"(?i)cross|encoder_attn|encoder_decoder_att|EncDecAttention|\battn2\b|\baudio_|_to_audio_")
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 REDUCES = "_get_feature_vector_attention_mask"
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "video_model")
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "video_model", "audio_model")
 
 
 def described(model: nn.Module, adapted: Collection[str] | None = None) -> dict[str, Any] | None:

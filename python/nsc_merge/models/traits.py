@@ -45,8 +45,10 @@ def hears(model: nn.Module) -> bool:
 
 
 def has_two_towers(config: Any) -> bool:
-    """Whether text and images are read side by side, without a token that stands for an image in the text."""
-    return has_vision_and_text(config) and not has_image_token(config)
+    """Whether text and images, or text and sound, are read side by side, without a token in the text for the other."""
+    sounds = hasattr(config, "audio_config") and hasattr(config, "text_config")
+    heard = any(hasattr(config, name) for name in _HEARD)
+    return (has_vision_and_text(config) or sounds) and not (has_image_token(config) or heard)
 
 
 def has_image_token(config: Any) -> bool:

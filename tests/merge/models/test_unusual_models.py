@@ -88,6 +88,22 @@ def test_a_canvas_beside_a_text_is_masked_by_its_own_mask(tmp_path):
     assert found.options["scored"] == ["model.decoder.layers.1.self_attn.k_proj"]
 
 
+def test_text_and_sound_side_by_side_are_both_measured(tmp_path):
+    torch.manual_seed(0)
+    sound = {"patch_embeds_hidden_size": 8, "hidden_size": 64, "depths": [1, 1, 1, 2]}
+    sound["num_attention_heads"] = [1, 2, 2, 4]
+    text = {"vocab_size": 64, "max_position_embeddings": 16, **NARROW}
+    config = tf.ClapConfig(audio_config=sound, text_config=text, projection_dim=8)
+    model = tf.ClapModel(config).eval()
+    folders = adapted(model, tmp_path, target_modules=["query", "value"])
+    batch = {**TEXT, "input_features": torch.randn(2, 1, 64, 64), "is_longer": torch.zeros(2, 1).bool()}
+    found = descends(model, folders, batch, "nsc")
+    sounds = "audio_model.audio_encoder.layers.3.blocks.1.attention.self.value"
+    assert found.options["scored"] == ["text_model.encoder.layer.1.attention.self.value", sounds]
+    # What is padding in the texts says nothing of the sound.
+    assert find_family(model).unmasked == "audio_model"
+
+
 class Detector(tf.PreTrainedModel):
     """Two heads with one weight, as those of detectors that refine boxes; no tokens."""
 

@@ -38,7 +38,7 @@ REFUSED = {
     "OLMo Hybrid": ("nsc", "v_conv1d.weight in the place of .*conv1d.weight.* wrongly in several processes"),
     "CLIP": ("nsc", r"CLIPModel has parameters that are one number .logit_scale.*expected one process"),
     "GPT-2": ("nsc", "c_attn: expected a Conv1D in memory, found it in shards; load the model in one process"),
-    "SigLIP": ("match", "'final' of SiglipModel are logits of every image with every text.*expected paths of modules"),
+    "SigLIP": ("match", "'final' of SiglipModel are logits of every image or sound with every text.*expected paths"),
 }
 
 

@@ -196,17 +196,18 @@ def _head_of(model: nn.Module) -> nn.Module | None:
 
 def _final(output: Any, trunk: nn.Module, one: Pass) -> Tensor:
     """The last hidden state of what ``trunk`` gives for a pass, or the first that it gives, as the logits of images and
-    texts.
+    texts, or of sound and texts.
 
     Raises:
         ValueError: if it gives logits of a head, which may be any task's; or of the rows of a process with each other,
             which are no part of those of all rows.
     """
-    if getattr(output, "logits_per_image", None) is not None and one.part is not None and one.part.rows is not None:
+    pairs = any(getattr(output, f"logits_per_{what}", None) is not None for what in ("image", "audio"))
+    if pairs and one.part is not None and one.part.rows is not None:
         raise ValueError(
-            f"features: 'final' of {class_name(trunk)} are logits of every image with every text of a batch, which "
-            "processes that share its rows do not see; expected paths of modules whose outputs are matched, such as "
-            "its projections, or one process"
+            f"features: 'final' of {class_name(trunk)} are logits of every image or sound with every text of a "
+            "batch, which processes that share its rows do not see; expected paths of modules whose outputs are "
+            "matched, such as its projections, or one process"
         )
     if getattr(output, "last_hidden_state", None) is None and getattr(output, "logits", None) is not None:
         raise ValueError(
