@@ -31,8 +31,9 @@ OUTPUTS = ("o_proj", "out_proj", "o", "dense", "c_proj", "Wo", "proj")
 # What chooses experts has a projection, too, as Gemma 4's.
 _ROUTES = re.compile(r"(?i)rout")
 # Attention over another sequence: its values are of the encoder's positions, and not of the adapted blocks. diffusers'
-# second of a block is one to the prompt, unless it says otherwise; what is of the sound beside a video is called so.
-_CROSS = re.compile(r"(?i)cross|encoder_attn|encoder_decoder_att|EncDecAttention|\battn2\b|\baudio_|_to_audio_")
+# second of a block is one to the prompt, unless it says otherwise; what is of the sound beside a video is called so, as
+# are X-CLIP's messages between frames.
+_CROSS = re.compile(r"(?i)cross|encoder_attn|encoder_decoder_att|EncDecAttention|\battn2\b|\baudio_|_to_audio_|message")
 # How transformers' models of sound make a mask of their frames from one of the samples that they read.
 REDUCES = "_get_feature_vector_attention_mask"
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "video_model", "audio_model")

@@ -104,6 +104,13 @@ def test_text_and_sound_side_by_side_are_both_measured(tmp_path):
     assert find_family(model).unmasked == "audio_model"
 
 
+def test_messages_between_frames_are_not_what_is_seen():
+    vision = {"image_size": 16, "patch_size": 8, "num_frames": 2, "mit_hidden_size": 64, **NARROW}
+    text = {"vocab_size": 64, **NARROW}
+    model = tf.XCLIPModel(tf.XCLIPConfig(vision_config=vision, text_config=text, projection_dim=64))
+    assert find_family(model).score_modules[0] == "self_attn.v_proj"
+
+
 class Detector(tf.PreTrainedModel):
     """Two heads with one weight, as those of detectors that refine boxes; no tokens."""
 
