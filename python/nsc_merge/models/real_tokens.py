@@ -36,8 +36,9 @@ class RealTokens:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, family = model, find_family(model)
-        self._two_sided = encodes(model)
         self._mask = family.mask if family else "attention_mask"
+        # DiffusionGemma has two sides and does not say so.
+        self._two_sided = encodes(model) or self._mask == "decoder_attention_mask"
         self._unmasked = f"{family.unmasked}." if family and family.unmasked else None
 
     def of(self, path: str, z: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -111,6 +111,18 @@ def test_messages_between_frames_are_not_what_is_seen():
     assert find_family(model).score_modules[0] == "self_attn.v_proj"
 
 
+def test_the_text_in_front_of_a_canvas_has_its_own_mask(tmp_path):
+    model = diffusion_gemma()
+    folders = adapted(model, tmp_path, target_modules=r".*encoder\.language_model.*(q_proj|mlp\.up_proj)")
+    found = []
+    for filler in (1, 9):
+        ids = IDS.where(TEXT["attention_mask"].bool(), filler)
+        data = {task: [{**TEXT, "input_ids": ids, "decoder_input_ids": IDS[:, :4]}] for task in folders}
+        merged = nsc_merge.merge(model, folders, data, "regmean", batches=1)
+        found.append(merged.delta("model.encoder.language_model.layers.1.mlp.up_proj"))
+    torch.testing.assert_close(*found)
+
+
 class Detector(tf.PreTrainedModel):
     """Two heads with one weight, as those of detectors that refine boxes; no tokens."""
 
