@@ -26,11 +26,14 @@ CURE = (
     "such as pipe.unet or pipe.transformer, as adapter"
 )
 _SETTINGS = "lora_adapter_metadata"
+_ALPHA = "alpha"
 # What a configuration says the adapter is for: a folder of this machine, for example.
 _ABOUT = ("base_model_name_or_path", "revision", "auto_mapping", "task_type")
 # As pipelines call what denoises, of which a file has one, and what reads the prompt.
 _DENOISERS = ("unet", "transformer")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# Of single families: LTX-2, MiniMax-H3, Würstchen, Anima.
+_OTHERS = ("connectors", "transformer_ref", "prior", "text_conditioner")
 # As ComfyUI and the models' authors call what denoises; its modules have other names there, and some are in one.
 _OF_COMFYUI = "diffusion_model"
 _KEY = re.compile(
@@ -61,14 +64,14 @@ def read(folder: Path) -> DiffusersFile:
     """The adapter of the model that denoises; of a file that has none such, that of its only model.
 
     Raises:
-        ValueError: if the file is damaged, has keys that diffusers translates first, or adapters of several text
-            encoders alone.
+        ValueError: if the file is damaged, has keys that diffusers translates first, a scaling that only some
+            pipelines know, or adapters of several models none of which denoises.
     """
     file = read_checked(folder / FILE)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in file.tensors.items():
         first, _, rest = key.partition(".")
-        part, rest = (first, rest) if first in (*_DENOISERS, *_ENCODERS) else ("", key)
+        part, rest = (first, rest) if first in (*_DENOISERS, *_ENCODERS, *_OTHERS) else ("", key)
         found = _KEY.fullmatch(rest)
         if found is None or first == _OF_COMFYUI:
             raise ValueError(
@@ -91,6 +94,11 @@ def read(folder: Path) -> DiffusersFile:
     )
     settings = _settings(folder, file.metadata, chosen)
     weights = parts[chosen]
+    if settings is None and _ALPHA in file.metadata:
+        raise ValueError(
+            f"{folder / FILE}: {_ALPHA} is in its header ({file.metadata[_ALPHA]:.40}), by which diffusers scales "
+            f"MiniMax-H3's and no others; expected settings ({_SETTINGS}), or alpha beside the factors: {CURE}"
+        )
     # One of a module without factors stays, and is refused with other tensors that nothing would use.
     adapted = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
     alphas = {path: weights.pop(f"{path}.alpha") for path in adapted if f"{path}.alpha" in weights}

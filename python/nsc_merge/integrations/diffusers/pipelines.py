@@ -80,6 +80,11 @@ def check_taken(pipe: Any, names: Iterable[str]) -> None:
         ValueError: naming the first, and what it takes.
     """
     taken = inspect.signature(pipe.__call__).parameters
+    if "prompt" in names and {*taken} >= {"state", "output"} and "prompt" not in taken:
+        raise ValueError(
+            f"pipe: {type(pipe).__name__} is a modular pipeline, whose blocks take what they need of a state; expected "
+            "the pipeline of the same model (DiffusionPipeline) to make images with; merge takes either"
+        )
     old = ("callback", "callback_steps") if any(one.kind is one.VAR_KEYWORD for one in taken.values()) else ()
     for name in names:
         if name not in taken and name not in old:

@@ -162,7 +162,8 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
     """The inputs of every call of a model within it."""
     made: Calls = []
     signature = inspect.signature(type(model).forward)
-    attention = _attention(model)
+    processors = dict(getattr(model, "attn_processors", {}))
+    attention = list(processors.values())
 
     def record(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = dict(signature.bind(model, *arguments, **named).arguments)
@@ -190,6 +191,9 @@ def _recording(model: nn.Module) -> Iterator[Calls]:
             yield made
         finally:
             handle.remove()
+            if _attention(model) != attention:
+                # A call that was refused, or failed otherwise, never came to where the pipeline puts its own back.
+                model.set_attn_processor(processors)
 
 
 def _attention(model: nn.Module) -> list[Any]:

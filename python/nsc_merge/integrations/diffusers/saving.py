@@ -27,6 +27,8 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     Written is ``pytorch_lora_weights.safetensors``, with PEFT's settings in its header, so that scalings and ranks are
     those of the adapter; weights given to ``set_adapters`` play no role. Of Wan's second transformer it is a file in
     the folder ``transformer_2`` of that folder, for ``pipe.load_lora_weights(..., load_into_transformer_2=True)``.
+    Norms that a Control LoRA of Flux put into the transformer are in it, too: diffusers keeps one set of them, with
+    which every adapter draws, and leaves the last one's.
 
     Args:
         pipe: a pipeline of diffusers with the adapter loaded, such as what :func:`merge` registered.
@@ -47,7 +49,8 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     if not configs:
         raise ValueError(f"adapter_name: expected one of {loaded_in(held)}, found {adapter_name!r}")
     if other := sorted(part for part, config in configs.items() if config.peft_type != PeftType.LORA):
-        raise ValueError(f"adapter_name: {adapter_name!r} is no LoRA in {other}, and pipelines load nothing else")
+        kinds = sorted({str(configs[part].peft_type) for part in other})
+        raise ValueError(f"adapter_name: expected LoRA, found {adapter_name!r} of {kinds} in {other}")
     out = Path(folder)
     every = {part: (_tensors(part, models[part], adapter_name), _plain(config)) for part, config in configs.items()}
     second = every.pop(_SECOND, None)
@@ -60,6 +63,9 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
 
 def _tensors(part: str, model: Any, adapter_name: str) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # It holds those that were there before, to put them back.
+    norms = getattr(model, "_transformer_norm_layers", None) or {}
+    state |= {key: value for key, value in model.state_dict().items() if key in norms}
     found = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if not part.startswith("text_encoder") or any(name in key for key in found for name in _ATTENTION):
         return found
