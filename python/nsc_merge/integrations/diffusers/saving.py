@@ -49,8 +49,7 @@ def save(pipe: Any, adapter_name: str, folder: str | os.PathLike[str]) -> Path:
     if not configs:
         raise ValueError(f"adapter_name: expected one of {loaded_in(held)}, found {adapter_name!r}")
     if other := sorted(part for part, config in configs.items() if config.peft_type != PeftType.LORA):
-        kinds = sorted({str(configs[part].peft_type) for part in other})
-        raise ValueError(f"adapter_name: expected LoRA, found {adapter_name!r} of {kinds} in {other}")
+        raise ValueError(f"adapter_name: {adapter_name!r} is no LoRA in {other}, and nothing else is saved")
     out = Path(folder)
     every = {part: (_tensors(part, models[part], adapter_name), _plain(config)) for part, config in configs.items()}
     second = every.pop(_SECOND, None)
