@@ -114,7 +114,7 @@ class Objective:
             and can_fold(module.linear)
         }
         self._device = self.coefficients.flat.device
-        self._rows = 0
+        self._rows: set[int] = set()
         kind = self.coefficients.flat.dtype
         self._shares = {
             path: torch.tensor(share, dtype=kind, device=self._device) for path, share in shares.items()
@@ -219,6 +219,7 @@ class Objective:
         """Eq. 4 for the tasks of a pass, ``[K]`` with 0 for the others."""
         self.coefficients.spread()
         self._pass, self._missing, self._inputs, self._end = one, set(self._scored), [], None
+        self._rows.clear()
         self._omega = torch.zeros_like(self._omega)
         self._weights.begin()
         for module in self._foldable.values():
@@ -271,7 +272,7 @@ class Objective:
     def _record(self, path: str, quad: Tensor, sqnorm: Tensor) -> None:
         assert self._pass is not None, "measured outside of a pass"
         weights = self._weights.of(path, self._pass, sqnorm)
-        self._rows = sqnorm.shape[0]
+        self._rows.add(sqnorm.shape[0])
         means = (null_space_ratio(quad, sqnorm) * weights).flatten(0, -2).sum(0)
         part = means.to(self._device) * self._shares[path]
         # A block that is recomputed has to make the same graph, and must not count twice. Of a linear that runs several
@@ -315,7 +316,7 @@ class Objective:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value), one_block_kept():
             self._forward(largest)
         rows = next(value.shape[0] for value in largest.inputs.values() if isinstance(value, Tensor) and value.dim())
-        apart = self._rows != rows
+        apart = self._rows != {rows}
         # Gathered weights have been let go of by now, and are empty.
         one = sum(storage.nbytes() for pointer, storage in held.items() if pointer not in frozen)
         most = max(len(joined.sources) for joined in together)

@@ -104,11 +104,20 @@ def test_text_and_sound_side_by_side_are_both_measured(tmp_path):
     assert find_family(model).unmasked == "audio_model"
 
 
-def test_messages_between_frames_are_not_what_is_seen():
+def test_messages_between_frames_are_not_what_is_seen(tmp_path):
     vision = {"image_size": 16, "patch_size": 8, "num_frames": 2, "mit_hidden_size": 64, **NARROW}
     text = {"vocab_size": 64, **NARROW}
-    model = tf.XCLIPModel(tf.XCLIPConfig(vision_config=vision, text_config=text, projection_dim=64))
+    model = tf.XCLIPModel(tf.XCLIPConfig(vision_config=vision, text_config=text, projection_dim=64)).eval()
     assert find_family(model).score_modules[0] == "self_attn.v_proj"
+    # Frames are rows there, which tell no task from another, and those of texts are: tasks run one by one.
+    videos = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    folders = adapted(model, tmp_path)
+    batches = {task: [{**TEXT, "pixel_values": videos + number}] for number, task in enumerate(folders)}
+    options = {"steps": 1, "compile": False, "progress": False}
+    found = nsc_merge.merge(model, folders, batches, "nsc", **options)
+    apart = nsc_merge.merge(model, folders, batches, "nsc", batch_tasks=False, **options)
+    assert found.history[0]["omega"] == apart.history[0]["omega"]
+    assert len(found.options["scored"]) == 2
 
 
 def test_the_text_in_front_of_a_canvas_has_its_own_mask(tmp_path):
