@@ -26,6 +26,7 @@ def write_adapter(
     *,
     fan_in_fan_out: bool = False,
     modules: Iterable[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``adapter_config.json``, as PEFT writes it, and ``adapter_model.safetensors``.
 
@@ -40,6 +41,7 @@ def write_adapter(
         stacks: PEFT's path of a module -> LoRA on one of its parameters, with a scaling of 1.
         fan_in_fan_out: linears are Conv1D.
         modules: paths of all modules of the base.
+        names: module path -> name that its tensors have in the file, of LoRA without biases and magnitudes.
 
     Raises:
         ValueError: naming a tensor that is not finite, before anything is written.
@@ -50,6 +52,7 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     has_dora = any(factor.magnitude is not None for factor in factors.values())
     has_bias = any(factor.bias is not None for factor in factors.values())
+    called = names if names and not has_dora and not has_bias else {}
     for path, factor in factors.items():
         if path in embeddings:
             tensors[f"{PREFIX}{path}.lora_embedding_A"] = factor.B.float().t().contiguous()
@@ -57,8 +60,9 @@ def write_adapter(
             continue
         kernel = (kernels or {}).get(path, ())
         A, B = factor.A.float(), factor.B.float()
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = A.reshape(len(A), -1, *kernel).contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = B.reshape(*B.shape, *[1 for _ in kernel]).contiguous()
+        name = called.get(path, path)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.reshape(len(A), -1, *kernel).contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.reshape(*B.shape, *[1 for _ in kernel]).contiguous()
         if factor.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = factor.magnitude.float()
         if has_bias:
@@ -76,7 +80,9 @@ def write_adapter(
             f"{overflowed.removeprefix(PREFIX)}: not finite in {tensors[overflowed].dtype}; expected coefficients and "
             "adapters whose products it holds"
         )
+    # Under both names: who reads the tensors by theirs finds that they are meant, and their ranks.
     ranks = {path: factor.rank for path, factor in factors.items()}
+    ranks |= {name: ranks[path] for path, name in called.items()}
     targets = targets_of(list(ranks), modules)
     adapted = {target: stack.settings(target)[0] for stack in (stacks or {}).values() for target in stack.targets}
     ranks |= adapted

@@ -21,7 +21,7 @@ from nsc_merge.models.bases.loading import base_name
 from nsc_merge.models.bases.stored_weights import state_of
 from nsc_merge.models.bases.transposed import is_transposed
 from nsc_merge.models.merged.matrices import matrix_at
-from nsc_merge.models.merged.stacks import stacks_of_linears, stacks_of_updates
+from nsc_merge.models.merged.stacks import names_for_peft, stacks_of_linears, stacks_of_updates
 from nsc_merge.models.own_base import split_modules
 from nsc_merge.models.vocabulary import grown_elsewhere, grown_modules
 from nsc_merge.results.about_adapter import about_adapter
@@ -307,8 +307,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         }
         for path in dict.fromkeys((*whole, *grown))
     }
-    for path in head.modules(result.model) if head else ():
-        kept[path] = state_of(result.model.get_submodule(path))
+    kept |= {path: state_of(result.model.get_submodule(path)) for path in (head.modules(result.model) if head else ())}
     matrices = {path: factors.pop(path) for path in list(factors) if matrix_at(result.model, path) is not None}
     stacks = stacks_of_linears(factors, result.model)
     factors = {path: factor for path, factor in factors.items() if path not in stacks}
@@ -323,6 +322,7 @@ def _write_lora(result: MergedUpdate, folder: Path, rank: int | None, head: Head
         stacks={**stacks, **stacks_of_updates(matrices, result.model)},
         fan_in_fan_out=any(map(is_transposed, modules.values())),
         modules=[path for path, _ in result.model.named_modules()],
+        names=names_for_peft(factors, result.model),
     )
     part = part_of_pipeline(result.model)
     if part is not None and not kept:

@@ -201,7 +201,9 @@ def test_a_plain_module_has_an_adapter_as_well(tmp_path):
 
 @pytest.mark.skipif(not hasattr(tf, "LagunaConfig"), reason="of later releases of transformers")
 def test_what_peft_loses_by_its_name_as_it_loads_an_adapter_is_named(tmp_path):
-    """``mlp.shared_expert.``, a pattern for names of checkpoints, is in ``mlp.shared_experts`` as well."""
+    """``mlp.shared_expert.``, a pattern for names of checkpoints, is in ``mlp.shared_experts`` as well. LoRA alone is
+    written under a name that PEFT finds.
+    """
     config = tf.LagunaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
@@ -211,7 +213,8 @@ def test_what_peft_loses_by_its_name_as_it_loads_an_adapter_is_named(tmp_path):
     torch.manual_seed(0)
     model = tf.LagunaForCausalLM(config).eval()
     path = "model.layers.0.mlp.shared_experts.up_proj"
-    folder = zoo.write_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj", "shared_experts.up_proj"])
+    folder = zoo.write_adapter(model, tmp_path / "a", 1, r=2, target_modules=["q_proj", "shared_experts.up_proj"],
+                               use_dora=True)  # fmt: skip
     result = nsc_merge.merge(model, {"a": folder}, method="task_arithmetic", scale=1.0)
     (note,) = [one for one in serving_notes(result) if path in one]
     assert "PEFT gives another name as it loads them" in note

@@ -17,7 +17,9 @@ from nsc_merge.adapters.adapter import WRAPPER, Stack, parameters_of, unwrapped
 from nsc_merge.adapters.formats.parameter_stacks import matrices_of
 from nsc_merge.adapters.peft_keys import PREFIX
 from nsc_merge.models.bases.quantised import is_linear
+from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import Matrix, matrix_at, module_at
+from nsc_merge.models.renaming import name_today, rules_of
 from nsc_merge.models.traits import type_of
 
 
@@ -153,10 +155,13 @@ def stacks_of_linears(factors: Mapping[str, Factor], model: nn.Module) -> dict[s
     }
 
 
-def lost_by_peft(paths: Iterable[str], model: nn.Module) -> list[str]:
+def lost_by_peft(paths: Iterable[str], model: nn.Module, names: Mapping[str, str] | None = None) -> list[str]:
     """Linears whose update PEFT loses as it loads an adapter: it treats the tensors' names as transformers treats those
     of a checkpoint, and of some models makes names of them that no module has (``shared_expert.`` in a pattern is
     also the beginning of ``shared_experts``).
+
+    Args:
+        names: path -> name that its tensors have in the file, where that is not the path.
     """
     try:
         from peft import LoraConfig
@@ -164,14 +169,45 @@ def lost_by_peft(paths: Iterable[str], model: nn.Module) -> list[str]:
     except ImportError:
         return []
     own = {path: [f"{PREFIX}{path}.lora_{part}.weight" for part in "AB"] for path in paths}
-    made = {key: torch.zeros(1, 1, device="cpu") for keys in own.values() for key in keys}
+    written = (f"{PREFIX}{(names or {}).get(path, path)}.lora_{part}.weight" for path in own for part in "AB")
+    made = {key: torch.zeros(1, 1, device="cpu") for key in written}
     try:
-        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(made))
+        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), made)
     except Exception:
         # It is PEFT's own affair what it converts, and how: of numbers as these it need not.
-        return []
+        return list(names or ())
     left = {key.replace(".default", "") for key in found}
     return [path for path, keys in own.items() if not left.issuperset(keys)]
+
+
+def names_for_peft(paths: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """Path of a linear -> name of its tensors in a file, of those that PEFT loses under their own name and finds under
+    this one: that of the weight in a checkpoint, of which PEFT and transformers make today's. Of those alone that are
+    found again here, too.
+    """
+    lost = [path for path in lost_by_peft(paths, model) if isinstance(model.get_submodule(path), nn.Linear)]
+    names = {path: name for path in lost if (name := _in_a_checkpoint(path, model)) is not None}
+    if not names:
+        return {}
+    still = lost_by_peft(names, model, names)
+    modules, rules = {path for path, _ in model.named_modules()}, rules_of(model, find_family(model))
+    return {
+        path: name
+        for path, name in names.items()
+        if path not in still and name_today(name, modules, rules, "") == path
+    }
+
+
+def _in_a_checkpoint(path: str, model: nn.Module) -> str | None:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    weight: Any = {f"{path}.weight": torch.zeros(1, 1, device="cpu")}
+    try:
+        (key,) = revert_weight_conversion(model, weight)
+    except Exception:
+        # Of a weight that is one of several in a checkpoint, or part of one.
+        return None
+    return str(key).removesuffix(".weight")
 
 
 def _stacked(held: list[tuple[Matrix, Factor]]) -> Stack:

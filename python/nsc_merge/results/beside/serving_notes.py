@@ -9,7 +9,7 @@ from torch import nn
 from nsc_merge.adapters import Factor
 from nsc_merge.models.families import find_family
 from nsc_merge.models.merged.matrices import matrix_at
-from nsc_merge.models.merged.stacks import lost_by_peft
+from nsc_merge.models.merged.stacks import lost_by_peft, names_for_peft
 from nsc_merge.models.traits import encodes
 from nsc_merge.results.beside.serving import lorax, sglang, vllm
 from nsc_merge.results.beside.serving.outline import AS_A_MODEL, LANGUAGE_MODEL
@@ -54,7 +54,8 @@ def serving_notes(result: MergedUpdate, rank: int | None = None) -> list[str]:
             "the adapter has LoRA on parameters (target_parameters), which PEFT loads and not every server does: "
             f"{AS_A_MODEL} to serve it anywhere"
         )
-    lost = lost_by_peft([path for path in result.paths if path not in matrices], result.model)
+    linears = [path for path in result.paths if path not in matrices]
+    lost = lost_by_peft(linears, result.model, {} if dora or biased else names_for_peft(linears, result.model))
     if lost:
         further.append(
             f"the adapter has LoRA on {lost[0]}, whose tensors PEFT gives another name as it loads them, so that their "
